@@ -1,0 +1,32 @@
+"""Evaluates a run on a whole split, each image once; prints one JSON line.
+
+python eval.py --workdir=runs/digits
+python eval.py --workdir=runs/imagenet_resnet50 --step=450000 --batch_size=500
+"""
+
+import json
+
+from resjax import config as configs
+
+
+def main(args: list[str]) -> int:
+    """Runs the command; returns its exit code."""
+    parser = configs.ArgumentParser(prog="eval.py", description=__doc__)
+    parser.add_argument("--workdir", metavar="DIR", required=True, help="of the run")
+    parser.add_argument("--step", type=int, metavar="N", help="checkpoint (default: latest)")
+    parser.add_argument("--split", default="test", help="test (default) or train")
+    parser.add_argument(
+        "--batch_size", type=int, metavar="N", help="any number (default: as in training)"
+    )
+    parser.add_argument("--data_dir", metavar="DIR", help="where the data set is")
+    flags = parser.parse_args(args)
+    if flags.batch_size is not None and flags.batch_size < 1:
+        raise configs.UsageError(f"--batch_size: {flags.batch_size} is not 1 or more")
+    from resjax import runs
+
+    print(json.dumps(runs.evaluate(**vars(flags))))
+    return 0
+
+
+if __name__ == "__main__":
+    configs.run_command(main)

@@ -1,0 +1,301 @@
+"""Config -> the parts of a run. The only reader of config fields, one `build_*` each.
+
+Everything below takes plain arguments. Values that follow from several fields (peak
+learning rate, steps) are computed here, after all overrides.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+
+from resjax import initializers, optim, parallel, schedules, steps
+from resjax.config import Config, ModelKwargs, UsageError, unknown_name
+from resjax.models.norm import BatchNorm
+from resjax.models.resnet import create_model
+from resjax.steps import Batch, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A training run, built and not yet started.
+
+    Attributes:
+      init_state: () -> the replicated state before the first update.
+      train_step: (state, batch) -> (state, sums), on all devices; state is donated.
+      eval_step: (variables, batch) -> sums, on all devices.
+      train_batches: start_step -> the sharded batches from that update to the end.
+      eval_batches: () -> the sharded batches of the test split, each example once.
+      num_steps: updates of the whole run.
+      eval_steps: updates after which the run is evaluated.
+      num_examples: of the training split.
+      learning_rates: of every update, [num_steps] float32.
+      derived: what was computed from several fields, to be shown and stored.
+      class_names: of the labels, in order.
+    """
+
+    init_state: Callable[[], TrainState]
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Any]]
+    eval_step: Callable[[Any, Batch], Any]
+    train_batches: Callable[[int], Iterator[Batch]]
+    eval_batches: Callable[[], Iterator[Batch]]
+    num_steps: int
+    eval_steps: frozenset[int]
+    num_examples: int
+    learning_rates: np.ndarray
+    derived: dict[str, Any]
+    class_names: list[str]
+
+
+def build_model(config: Config, axis_name: str | None = None) -> nn.Module:
+    """The model; with `axis_name`, whole-batch statistics join the devices of that axis.
+
+    Raises:
+      UsageError: an unknown model.
+    """
+    options = {
+        field.name: getattr(config.model_kwargs, field.name)
+        for field in dataclasses.fields(ModelKwargs)
+    }
+    group = config.norm.virtual_batch_size
+    if group == config.batch_size:
+        group = 0  # the same examples, however many devices hold them
+    return create_model(
+        config.model,
+        num_classes=config.num_classes,
+        dtype=jnp.dtype(config.dtype),
+        norm=partial(BatchNorm, virtual_batch_size=group, axis_name=axis_name),
+        **{name: value for name, value in options.items() if value is not None},
+    )
+
+
+def check_devices(config: Config, num_devices: int) -> None:
+    """Raises `UsageError` if the global minibatch does not fit so many devices."""
+    batch, group = config.batch_size, config.norm.virtual_batch_size
+    if batch % num_devices:
+        below = batch - batch % num_devices
+        near = f"{below} or {below + num_devices}" if below else str(num_devices)
+        raise UsageError(
+            f"config.batch_size: {batch} is not divisible by the {num_devices} devices; "
+            f"the nearest that are: {near}"
+        )
+    per_device = batch // num_devices
+    if group not in (0, batch) and per_device % group:
+        raise UsageError(
+            f"config.norm.virtual_batch_size: {group} does not divide the {per_device} "
+            f"examples of a device (config.batch_size={batch} on {num_devices} devices)"
+        )
+
+
+def epochs_to_steps(config: Config, epochs: float, num_examples: int) -> int:
+    """The nearest whole number of updates."""
+    return round(epochs * num_examples / config.batch_size)
+
+
+def build_schedule(
+    config: Config, num_examples: int
+) -> tuple[schedules.Schedule, dict[str, Any]]:
+    """The learning rate of every update, and the numbers it was derived from."""
+    to_steps = partial(epochs_to_steps, config, num_examples=num_examples)
+    num_steps = max(to_steps(config.num_epochs), 1)
+    peak = schedules.scale_learning_rate(config.lr_per_256, config.batch_size)
+
+    warmup = config.warmup
+    if warmup == "goyal":
+        warmup = "gradual" if config.batch_size > 256 else "none"
+    warmup_steps = to_steps(config.warmup_epochs) if warmup != "none" else 0
+    start = config.lr_per_256 if config.warmup_start_lr is None else config.warmup_start_lr
+
+    boundaries = [to_steps(epoch) for epoch in config.drop_epochs]
+    after = {
+        "step": lambda: schedules.step_decay(peak, boundaries),
+        "cosine": lambda: schedules.cosine_decay(peak, warmup_steps, num_steps),
+    }[config.schedule]()
+    if warmup_steps:
+        after = schedules.warm_up(after, warmup, start, peak, warmup_steps)
+    derived = {
+        "num_steps": num_steps,
+        "peak_lr": peak,
+        "warmup": warmup,
+        "warmup_steps": warmup_steps,
+        "drop_steps": boundaries if config.schedule == "step" else [],
+    }
+    return after, derived
+
+
+def build_optimizer(
+    config: Config, schedule: schedules.Schedule
+) -> optax.GradientTransformation:
+    """The optimizer, with the learning rate inside it."""
+    makers = {"sgd": optim.sgd}
+    return makers[config.optimizer](
+        schedule, config.momentum, config.nesterov, config.weight_decay
+    )
+
+
+def build_source(config: Config, split: str) -> tuple[Sequence[Any], list[str]]:
+    """Encoded examples of a split (our name for it), and the class names.
+
+    Raises:
+      UsageError: the data set is unknown or not there, has no such split, or another
+        number of classes than the config says.
+    """
+    from resjax.data import sources
+    from resjax.data.datasets import get_dataset
+
+    dataset = get_dataset(config.data.name)
+    if split not in dataset.splits:
+        raise unknown_name("split", split, dataset.splits)
+    builder = sources.open_builder(config.data.name, config.data.dir)
+    names = sources.class_names(builder)
+    if len(names) != config.num_classes:
+        raise UsageError(
+            f"config.num_classes: {config.num_classes}, but the data set "
+            f"{config.data.name} has {len(names)} classes"
+        )
+    return sources.open_source(builder, dataset.splits[split]), names
+
+
+def build_transforms(config: Config) -> tuple[steps.Transform, steps.Transform]:
+    """The device-side halves of the input: (training, evaluation) batch -> images."""
+    from resjax.data import augment
+    from resjax.data.datasets import get_dataset
+
+    dataset = get_dataset(config.data.name)
+    stats = {"mean": dataset.mean, "std": dataset.std}
+    pad = round(dataset.shift * config.data.image_size)
+
+    def train(batch: Batch) -> jax.Array:
+        return augment.augment(
+            batch["image"],
+            batch["position"],
+            config.seed,
+            flip=dataset.flip,
+            pad=pad,
+            **stats,
+        )
+
+    def evaluation(batch: Batch) -> jax.Array:
+        return augment.normalize(batch["image"], **stats)
+
+    return train, evaluation
+
+
+def build_preprocess(config: Config) -> Callable[[Any], np.ndarray]:
+    """Images of any size, uint8 arrays or PIL -> [B, S, S, 3] float32, as in evaluation.
+
+    The function takes one image or a sequence of them, each [H, W, 3], [H, W] (grey) or
+    PIL, or an array [B, H, W, 3]; it raises `UsageError` for anything else.
+    """
+    from resjax.data import augment
+    from resjax.data.datasets import get_dataset
+
+    dataset, size = get_dataset(config.data.name), config.data.image_size
+
+    def to_rgb(image: Any) -> np.ndarray:
+        array = np.asarray(image.convert("RGB") if hasattr(image, "convert") else image)
+        if array.ndim == 2:
+            array = np.stack([array] * 3, axis=-1)
+        if array.ndim != 3 or array.shape[-1] != 3 or array.dtype != np.uint8:
+            raise UsageError(
+                f"image: {array.dtype} of shape {array.shape}; it must be uint8 and "
+                "[H, W, 3] or [H, W], or PIL"
+            )
+        return array
+
+    def preprocess(images: Any) -> np.ndarray:
+        single = hasattr(images, "convert") or getattr(images, "ndim", 0) in (2, 3)
+        images = [images] if single else images
+        crops = [dataset.eval_crop(to_rgb(image), size) for image in images]
+        if not crops:
+            raise UsageError("image: an empty list; give at least one image")
+        return np.asarray(augment.normalize(np.stack(crops), dataset.mean, dataset.std))
+
+    return preprocess
+
+
+def build_evaluation(
+    config: Config, split: str, batch_size: int
+) -> tuple[Callable[[Any, Batch], Any], Callable[[], Iterator[Batch]]]:
+    """The eval step on all devices, and a function that starts the batches of a split."""
+    from resjax.data import pipeline
+    from resjax.data.datasets import get_dataset
+
+    source, _ = build_source(config, split)
+    _, prepare = build_transforms(config)
+    step = steps.make_eval_step(build_model(config), prepare)
+    batches = partial(
+        pipeline.eval_batches,
+        get_dataset(config.data.name),
+        source,
+        image_size=config.data.image_size,
+        batch_size=batch_size,
+        num_shards=jax.device_count(),
+        num_threads=config.data.num_threads,
+    )
+    run_step = parallel.run_on_devices(step, config.parallel)
+    return run_step, lambda: parallel.prefetch(batches())
+
+
+def build_run(config: Config) -> Run:
+    """The whole run, checked against the devices and the data that are there.
+
+    Raises:
+      UsageError: naming the field that does not fit.
+    """
+    from resjax.data import pipeline
+    from resjax.data.datasets import get_dataset
+
+    model = build_model(config, axis_name=steps.AXIS)
+    scheme = initializers.get_scheme(config.init)
+    check_devices(config, jax.device_count())
+    source, class_names = build_source(config, "train")
+    augment, _ = build_transforms(config)
+    schedule, derived = build_schedule(config, len(source))
+    num_steps = derived["num_steps"]
+    tx = build_optimizer(config, schedule)
+    train_step = steps.make_train_step(model, tx, augment, config.batch_size)
+    eval_step, eval_batches = build_evaluation(config, "test", config.batch_size)
+
+    def init_state() -> TrainState:
+        key = jax.random.key(config.seed)
+        variables = initializers.init(model, key, scheme, config.data.image_size)
+        return parallel.replicate(steps.create_state(variables, tx))
+
+    def train_batches(start_step: int) -> Iterator[Batch]:
+        return parallel.prefetch(
+            pipeline.train_batches(
+                get_dataset(config.data.name),
+                source,
+                image_size=config.data.image_size,
+                seed=config.seed,
+                batch_size=config.batch_size,
+                start_step=start_step,
+                num_steps=num_steps,
+                num_threads=config.data.num_threads,
+            )
+        )
+
+    every = config.eval_every_epochs
+    evals = range(1, int(config.num_epochs / every) + 1)
+    eval_steps = {epochs_to_steps(config, i * every, len(source)) for i in evals}
+    rates = jax.vmap(schedule)(jnp.arange(num_steps))
+    return Run(
+        init_state=init_state,
+        train_step=parallel.run_on_devices(train_step, config.parallel, donate_state=True),
+        eval_step=eval_step,
+        train_batches=train_batches,
+        eval_batches=eval_batches,
+        num_steps=num_steps,
+        eval_steps=frozenset(eval_steps - {0} | {num_steps}),
+        num_examples=len(source),
+        learning_rates=np.broadcast_to(np.asarray(rates), (num_steps,)),
+        derived=derived,
+        class_names=class_names,
+    )

@@ -1,0 +1,357 @@
+"""What a run is: typed config fields, how a command line fills them, what is allowed.
+
+Owns every error a user can make before anything is built: `UsageError` is one line,
+and `run_command` turns it into exit code 2. Knows no jax, no model and no dataset.
+"""
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import math
+import runpy
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+# --- errors -------------------------------------------------------------------------
+
+
+class UsageError(ValueError):
+    """Something the user typed or pointed at is wrong; the message is one line."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
+    """A `UsageError` that offers the nearest of the `known` names, or all of them."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=3)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {known}"
+    return UsageError(f"{kind}: there is no {name!r}; {hint}")
+
+
+# --- fields -------------------------------------------------------------------------
+
+
+def _bounded(default: Any, allowed: str, check: Callable[[Any], bool]) -> Any:
+    """A dataclass field whose number (or each of whose numbers) must pass `check`."""
+    metadata = {"allowed": allowed, "check": check}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def _positive(default: Any) -> Any:
+    return _bounded(default, "greater than 0", lambda value: value > 0)
+
+
+def _not_negative(default: Any) -> Any:
+    return _bounded(default, "0 or more", lambda value: value >= 0)
+
+
+def _fraction(default: Any) -> Any:
+    return _bounded(default, "at least 0 and below 1", lambda value: 0 <= value < 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelKwargs:
+    """Options of the model; None keeps what its name stands for."""
+
+    shortcut: Literal["A", "B", "C"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class NormConfig:
+    """Batch normalisation."""
+
+    # Consecutive examples that share statistics; 0 = the whole global minibatch.
+    virtual_batch_size: int = _not_negative(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """The data set and how it is read."""
+
+    name: str = "digits"
+    dir: str | None = None  # None: $TFDS_DATA_DIR, or ~/tensorflow_datasets
+    image_size: int = _positive(8)
+    num_threads: int = _not_negative(0)  # decoding threads on this host; 0 = one a core
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When checkpoints are written and how many are kept."""
+
+    every_steps: int = _not_negative(0)  # 0 = at every evaluation
+    keep: int = _positive(2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One run. Holds references (rate per 256 examples, epochs), no derived value."""
+
+    seed: int = _bounded(0, "from 0 to 2**32 - 1", lambda value: 0 <= value < 2**32)
+
+    model: str = "cifar_resnet20"
+    model_kwargs: ModelKwargs = ModelKwargs()
+    num_classes: int = _positive(10)
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations and products
+    init: str = "msra_fan_out"
+    norm: NormConfig = NormConfig()
+
+    batch_size: int = _positive(128)  # the global minibatch, kn
+    optimizer: Literal["sgd"] = "sgd"
+    lr_per_256: float = _positive(0.1)
+    schedule: Literal["step", "cosine"] = "step"
+    warmup: Literal["goyal", "gradual", "constant", "none"] = "goyal"
+    warmup_epochs: float = _not_negative(5.0)
+    warmup_start_lr: float | None = _not_negative(None)  # None: lr_per_256
+    drop_epochs: tuple[float, ...] = _positive((30.0, 60.0, 80.0))
+    num_epochs: float = _positive(90.0)
+    momentum: float = _fraction(0.9)
+    nesterov: bool = True
+    weight_decay: float = _not_negative(1e-4)
+
+    data: DataConfig = DataConfig()
+
+    eval_every_epochs: float = _positive(1.0)
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    parallel: Literal["pmap", "shard_map"] = "pmap"
+    log_every_steps: int = _positive(20)
+
+
+# Fields that cannot change the numbers of a run, and so may differ when it resumes.
+FREE_FIELDS = (
+    "parallel",
+    "log_every_steps",
+    "data.dir",
+    "data.num_threads",
+    "checkpoint.every_steps",
+    "checkpoint.keep",
+)
+
+# --- values -> Config ---------------------------------------------------------------
+
+_UNIONS = (types.UnionType, typing.Union)  # `A | None` is one or the other
+
+
+def _describe(kind: Any) -> str:
+    """What a field of this type takes, in words."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, args))
+    if origin in _UNIONS:
+        return " or ".join("none" if arg is type(None) else _describe(arg) for arg in args)
+    if origin is tuple:
+        return f"a list of {_describe(args[0])}s, separated by commas"
+    names = {int: "whole number", float: "number", bool: "true or false", str: "text"}
+    return names[kind]
+
+
+def _fit(value: Any, kind: Any) -> Any:
+    """`value` as a field of type `kind` holds it; raises TypeError if it does not fit."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal and value in args:
+        return value
+    if origin in _UNIONS:
+        if value is None and type(None) in args:
+            return None
+        return _fit(value, args[0])
+    if origin is tuple:
+        items = value if isinstance(value, tuple | list) else (value,)
+        return tuple(_fit(item, args[0]) for item in items)
+    if kind is float and type(value) in (int, float) and math.isfinite(value):
+        return float(value)
+    if kind in (int, bool, str) and type(value) is kind:
+        return value
+    raise TypeError
+
+
+def _from_text(text: str, kind: Any) -> Any:
+    """The Python value that a command line means by `text` for a field of this type."""
+    words = {"true": True, "false": False, "none": None}
+    may_be_text = kind is str or typing.get_origin(kind) is Literal
+    if typing.get_origin(kind) in _UNIONS:
+        if text.lower() == "none":
+            return None
+        return _from_text(text, typing.get_args(kind)[0])
+    if may_be_text:
+        return text
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text  # fits no field that is not text, and so is named in the error
+
+
+def fields(cls: type = Config, prefix: str = "") -> dict[str, dataclasses.Field]:
+    """Every field by its dotted name, `batch_size`, `data.name`, ..., in order."""
+    found = {}
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(field.type):
+            found |= fields(typing.cast(type, field.type), f"{prefix}{field.name}.")
+        else:
+            found[prefix + field.name] = field
+    return found
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """The config as {dotted name: value}."""
+    flat = {}
+    for name in fields():
+        value: Any = config
+        for part in name.split("."):
+            value = getattr(value, part)
+        flat[name] = value
+    return flat
+
+
+def unflatten(values: dict[str, Any], cls: type = Config) -> Any:
+    """A validated config from {dotted name: value}; what is missing takes its default.
+
+    Raises:
+      UsageError: an unknown name, a value of a wrong type or outside its range.
+    """
+    own, nested = {}, {}
+    known = fields(cls)
+    for name, value in values.items():
+        if name not in known:
+            raise unknown_name("config", name, known)
+        field = known[name]
+        try:
+            value = _fit(value, field.type)
+        except TypeError:
+            allowed = _describe(field.type)
+            raise UsageError(f"config.{name}: {value!r} is not {allowed}") from None
+        numbers = value if isinstance(value, tuple) else (value,)
+        check = field.metadata.get("check")
+        if check and not all(n is None or check(n) for n in numbers):
+            allowed = field.metadata["allowed"]
+            raise UsageError(f"config.{name}: {value!r} is not allowed; it must be {allowed}")
+        own[name] = value
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(field.type):
+            start = f"{field.name}."
+            inner = {n[len(start) :]: own.pop(n) for n in list(own) if n.startswith(start)}
+            nested[field.name] = typing.cast(type, field.type)(**inner)
+    return cls(**own, **nested)
+
+
+def validate(config: Config) -> Config:
+    """The config with every field checked: alone by its type and range, then together.
+
+    Raises:
+      UsageError: naming the field, its value and what is allowed.
+    """
+    config = unflatten(flatten(config))
+    drops = config.drop_epochs
+    if list(drops) != sorted(set(drops)):
+        raise UsageError(f"config.drop_epochs: {drops} must be increasing")
+    group, batch = config.norm.virtual_batch_size, config.batch_size
+    if group and batch % group:
+        raise UsageError(
+            f"config.norm.virtual_batch_size: {group} does not divide "
+            f"config.batch_size={batch}"
+        )
+    return config
+
+
+def from_dict(nested: dict[str, Any]) -> Config:
+    """The config that `dataclasses.asdict` wrote, validated.
+
+    Raises:
+      UsageError: an unknown name, a value of a wrong type or outside its range.
+    """
+    flat = {}
+    for name, value in nested.items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{inner}": v for inner, v in value.items()}
+        else:
+            flat[name] = value
+    return validate(unflatten(flat))
+
+
+def differences(before: Config, now: Config) -> list[str]:
+    """The fields in which two configs differ and that change the numbers of a run."""
+    old, new = flatten(before), flatten(now)
+    return [
+        f"config.{name} was {old[name]!r} and is now {new[name]!r}"
+        for name in new
+        if new[name] != old[name] and name not in FREE_FIELDS
+    ]
+
+
+# --- the command line ---------------------------------------------------------------
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse whose errors are `UsageError`s and which guesses no abbreviation."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            **kwargs,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def fields_help() -> str:
+    """The config fields, their types and defaults, as lines of a help text."""
+    lines = ["config fields, set with --config.FIELD=VALUE, and their defaults:"]
+    for name, field in fields().items():
+        allowed = field.metadata.get("allowed")
+        what = _describe(field.type) + (f", {allowed}" if allowed else "")
+        lines.append(f"  {name:<24} {field.default!s:<20} {what}")
+    return "\n".join(lines)
+
+
+def load_config(path: Path) -> Config:
+    """The config that the Python file at `path` returns from `get_config()`.
+
+    Raises:
+      UsageError: no such file, or one that does not run or returns something else.
+    """
+    if not path.is_file():
+        there = sorted(str(p) for p in path.parent.glob("*.py"))
+        raise UsageError(f"--config: there is no file {path}; there are {there}")
+    try:
+        config = runpy.run_path(str(path))["get_config"]()
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise UsageError(f"--config: {path}: {type(error).__name__}: {text}") from error
+    if not isinstance(config, Config):
+        raise UsageError(f"--config: {path}: get_config() returned no resjax Config")
+    return validate(config)
+
+
+def override(config: Config, words: Iterable[str]) -> Config:
+    """`config` with every `--config.FIELD=VALUE` of `words` applied, validated.
+
+    Raises:
+      UsageError: a word of another form, an unknown field, a value that does not fit.
+    """
+    flat, known = flatten(config), fields()
+    for word in words:
+        name, equals, text = word.removeprefix("--config.").partition("=")
+        if not word.startswith("--config."):
+            raise UsageError(f"{word!r} is no flag of this command; see --help")
+        if name not in known:
+            raise unknown_name("config", name, known)
+        if not equals:
+            raise UsageError(f"--config.{name}: write --config.{name}=VALUE")
+        flat[name] = _from_text(text, known[name].type)
+    return validate(unflatten(flat))
+
+
+def run_command(main: Callable[[list[str]], int]) -> NoReturn:
+    """Runs `main(arguments)` and exits with its code; a `UsageError` is one line and 2."""
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UsageError as error:
+        command = Path(sys.argv[0]).name
+        print(f"{command}: error: {error}", file=sys.stderr)
+        sys.exit(2)

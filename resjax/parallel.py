@@ -1,0 +1,85 @@
+"""Runs per-device programs on all devices: pmap or shard_map, same function, same numbers.
+
+State has no device axis: it is replicated. Batches have a leading device axis.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from resjax.steps import AXIS
+
+
+def _mesh() -> Mesh:
+    return Mesh(np.array(jax.devices()), (AXIS,))
+
+
+def _with_pmap(step: Callable, donate: tuple[int, ...]) -> Callable:
+    return jax.pmap(step, AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=donate)
+
+
+def _with_shard_map(step: Callable, donate: tuple[int, ...]) -> Callable:
+    def per_device(state: Any, batch: Any) -> Any:
+        return step(state, jax.tree.map(lambda x: x[0], batch))
+
+    # check_vma would insert a sum of the gradients of replicated parameters of its own.
+    sharded = jax.shard_map(
+        per_device,
+        mesh=_mesh(),
+        in_specs=(P(), P(AXIS)),
+        out_specs=P(),
+        check_vma=False,
+    )
+    return jax.jit(sharded, donate_argnums=donate)
+
+
+RUNNERS = {"pmap": _with_pmap, "shard_map": _with_shard_map}
+
+
+def run_on_devices(step: Callable, runner: str, donate_state: bool = False) -> Callable:
+    """A per-device program as a function of replicated state and a sharded batch.
+
+    Args:
+      step: (state, batch) -> outputs, using collectives over `AXIS`, whose outputs are
+        the same on every device.
+      runner: "pmap" or "shard_map".
+      donate_state: reuse the memory of `state`, which the caller must not touch again.
+
+    Returns:
+      (state, batch) -> outputs; state and outputs replicated, batch from `shard`.
+    """
+    return RUNNERS[runner](step, (0,) if donate_state else ())
+
+
+def replicate(tree: Any) -> Any:
+    """The arrays of `tree`, one copy on every device."""
+    return jax.device_put(tree, NamedSharding(_mesh(), P()))
+
+
+def shard(batch: Any) -> Any:
+    """Host arrays [B, ...] as device arrays [devices, B / devices, ...].
+
+    Device d holds the d-th contiguous slice.
+    """
+    mesh = _mesh()
+
+    def put(x: np.ndarray) -> jax.Array:
+        x = x.reshape(mesh.size, -1, *x.shape[1:])
+        return jax.device_put(x, NamedSharding(mesh, P(AXIS)))
+
+    return jax.tree.map(put, batch)
+
+
+def prefetch(batches: Iterable[Any], depth: int = 2) -> Iterator[Any]:
+    """`shard` of every batch, `depth` batches ahead of the consumer."""
+    ready: deque = deque()
+    for batch in batches:
+        ready.append(shard(batch))
+        if len(ready) > depth:
+            yield ready.popleft()
+    yield from ready

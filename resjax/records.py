@@ -1,0 +1,86 @@
+"""What a run writes down: `metrics.jsonl`, TensorBoard events, `curves.png`."""
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from etils import epath
+from tqdm import tqdm
+
+Record = dict[str, Any]
+
+
+def say(text: str) -> None:
+    """Prints a line to standard output, above a progress bar if there is one."""
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
+
+
+def write_json(path: epath.Path, value: Any) -> None:
+    """Writes a JSON file whole or not at all."""
+    draft = path.with_name(path.name + ".tmp")
+    draft.write_text(json.dumps(value, indent=2) + "\n")
+    draft.replace(path)
+
+
+def read_metrics(workdir: epath.Path) -> list[Record]:
+    """The records of `metrics.jsonl`, without a last line that was cut off."""
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def open_metrics(workdir: epath.Path, start_step: int) -> Callable[[Record], None]:
+    """A function that appends a record to `metrics.jsonl` and to TensorBoard.
+
+    Records after `start_step`, left by an interrupted run that will write them again,
+    are removed.
+    """
+    from tensorboardX import SummaryWriter
+
+    path = workdir / "metrics.jsonl"
+    kept = [record for record in read_metrics(workdir) if record["step"] <= start_step]
+    draft = path.with_name(path.name + ".tmp")
+    draft.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    draft.replace(path)
+    events = SummaryWriter(str(workdir), purge_step=start_step + 1)
+
+    def write(record: Record) -> None:
+        with path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        for name, value in record.items():
+            if name not in ("step", "split"):
+                events.add_scalar(f"{record['split']}/{name}", value, record["step"])
+        events.flush()
+
+    return write
+
+
+def plot_curves(workdir: epath.Path, title: str) -> None:
+    """Draws `curves.png` from `metrics.jsonl`: loss, top-1 error and learning rate."""
+    from matplotlib.figure import Figure
+
+    records = read_metrics(workdir)
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    figure.suptitle(title)
+    panels = figure.subplots(1, 3)
+    styles = {"train": {"lw": 1, "alpha": 0.8}, "test": {"marker": ".", "lw": 1.5}}
+    for split, style in styles.items():
+        rows = [record for record in records if record["split"] == split]
+        epochs = [row["epoch"] for row in rows]
+        panels[0].plot(epochs, [row["loss"] for row in rows], label=split, **style)
+        panels[1].plot(epochs, [100 - row["top1"] for row in rows], label=split, **style)
+    train = [record for record in records if record["split"] == "train"]
+    panels[2].plot([row["epoch"] for row in train], [row["lr"] for row in train], c="k")
+    panels[0].set(ylabel="loss (nats)", yscale="log")
+    panels[1].set(ylabel="top-1 error (%)", yscale="symlog", ylim=(0, 100))
+    panels[1].set_yticks([0, 1, 2, 5, 10, 20, 50, 100], [0, 1, 2, 5, 10, 20, 50, 100])
+    panels[2].set(ylabel="learning rate")
+    for panel in panels:
+        panel.set_xlabel("epoch")
+        panel.grid(alpha=0.3)
+    panels[0].legend()
+    panels[1].legend()
+    with (workdir / "curves.png").open("wb") as file:
+        figure.savefig(file, dpi=120)

@@ -1,0 +1,46 @@
+"""Trains a residual network: flags, then one call.
+
+python train.py                                              # ResNet-20 on digits
+python train.py --config=configs/imagenet_resnet50.py --config.data.dir=/data/tfds
+"""
+
+from pathlib import Path
+
+from resjax import config as configs
+
+HERE = Path(__file__).resolve().parent
+
+
+def parse(args: list[str]) -> tuple[configs.Config, str]:
+    """The config and the workdir that a command line asks for."""
+    parser = configs.ArgumentParser(
+        prog="train.py", description=__doc__, epilog=configs.fields_help()
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        type=Path,
+        default=HERE / "configs" / "digits.py",
+        help="a Python file with get_config() (default: configs/digits.py); single "
+        "fields are set with --config.FIELD=VALUE",
+    )
+    parser.add_argument(
+        "--workdir",
+        metavar="DIR",
+        help="where the run is written, and resumed from (default: runs/NAME of the config)",
+    )
+    flags, words = parser.parse_known_args(args)
+    config = configs.override(configs.load_config(flags.config), words)
+    return config, flags.workdir or f"runs/{flags.config.stem}"
+
+
+def main(args: list[str]) -> int:
+    """Runs the command; returns its exit code."""
+    config, workdir = parse(args)
+    from resjax import runs
+
+    return runs.train(config, workdir)
+
+
+if __name__ == "__main__":
+    configs.run_command(main)
