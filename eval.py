@@ -13,7 +13,7 @@ def main(args: list[str]) -> int:
     """Runs the command; returns its exit code."""
     parser = configs.ArgumentParser(prog="eval.py", description=__doc__)
     parser.add_argument("--workdir", metavar="DIR", required=True, help="of the run")
-    parser.add_argument("--step", type=int, metavar="N", help="checkpoint (default: latest)")
+    parser.add_argument("--step", type=int, metavar="N", help="checkpoint; the latest")
     parser.add_argument("--split", default="test", help="test (default) or train")
     parser.add_argument(
         "--batch_size", type=int, metavar="N", help="any number (default: as in training)"

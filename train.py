@@ -27,7 +27,7 @@ def parse(args: list[str]) -> tuple[configs.Config, str]:
     parser.add_argument(
         "--workdir",
         metavar="DIR",
-        help="where the run is written, and resumed from (default: runs/NAME of the config)",
+        help="where the run is written and resumed from (default: runs/NAME of the config)",
     )
     flags, words = parser.parse_known_args(args)
     config = configs.override(configs.load_config(flags.config), words)

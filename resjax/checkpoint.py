@@ -38,9 +38,7 @@ def open_checkpoints(
         yield manager
 
 
-def save(
-    manager: ocp.CheckpointManager, state: TrainState, record: dict[str, Any]
-) -> None:
+def save(manager: ocp.CheckpointManager, state: TrainState, record: dict[str, Any]) -> None:
     """Writes `state` in the background; its memory may be reused when this returns.
 
     Raises:
@@ -95,7 +93,9 @@ def restore_variables(manager: ocp.CheckpointManager, step: int, like: Any) -> A
     return manager.restore(step, args=args)["variables"]
 
 
-def restore_state(manager: ocp.CheckpointManager, step: int, like: TrainState) -> TrainState:
+def restore_state(
+    manager: ocp.CheckpointManager, step: int, like: TrainState
+) -> TrainState:
     """The whole state of a checkpoint, as arrays of the shapes and shardings of `like`."""
     optimizer = {"step": like.step, "opt_state": like.opt_state}
     args = ocp.args.Composite(

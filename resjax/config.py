@@ -187,7 +187,7 @@ def _from_text(text: str, kind: Any) -> Any:
 
 def fields(cls: type = Config, prefix: str = "") -> dict[str, dataclasses.Field]:
     """Every field by its dotted name, `batch_size`, `data.name`, ..., in order."""
-    found = {}
+    found: dict[str, dataclasses.Field] = {}
     for field in dataclasses.fields(cls):
         if dataclasses.is_dataclass(field.type):
             found |= fields(typing.cast(type, field.type), f"{prefix}{field.name}.")
@@ -228,7 +228,7 @@ def unflatten(values: dict[str, Any], cls: type = Config) -> Any:
         check = field.metadata.get("check")
         if check and not all(n is None or check(n) for n in numbers):
             allowed = field.metadata["allowed"]
-            raise UsageError(f"config.{name}: {value!r} is not allowed; it must be {allowed}")
+            raise UsageError(f"config.{name}: {value!r} is not {allowed}")
         own[name] = value
     for field in dataclasses.fields(cls):
         if dataclasses.is_dataclass(field.type):
@@ -263,7 +263,7 @@ def from_dict(nested: dict[str, Any]) -> Config:
     Raises:
       UsageError: an unknown name, a value of a wrong type or outside its range.
     """
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in nested.items():
         if isinstance(value, dict):
             flat |= {f"{name}.{inner}": v for inner, v in value.items()}
@@ -296,6 +296,7 @@ class ArgumentParser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
+        """Called by argparse for a flag that does not fit."""
         raise UsageError(message)
 
 

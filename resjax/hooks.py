@@ -8,7 +8,7 @@ import dataclasses
 import math
 import signal
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -104,28 +104,15 @@ class TrainLog:
         self.write(self.latest)
 
 
-def make_eval_hook(
-    evaluate: Callable[[int, TrainState], None], due: Collection[int], log: TrainLog
+def make_hook(
+    due: Callable[[int], bool], action: Callable[[int, TrainState], None], log: TrainLog
 ) -> Hook:
-    """Calls evaluate(step, state) after each step of `due`."""
-
-    def hook(step: int, state: TrainState, sums: Sums) -> None:
-        if step in due:
-            with log.paused():
-                evaluate(step, state)
-
-    return hook
-
-
-def make_checkpoint_hook(
-    save: Callable[[TrainState], None], due: Callable[[int], bool], log: TrainLog
-) -> Hook:
-    """Calls save(state) after each step for which due(step), if all losses are finite."""
+    """Calls action(step, state) when due(step), once all losses so far are known finite."""
 
     def hook(step: int, state: TrainState, sums: Sums) -> None:
         if due(step):
             with log.paused():
-                save(state)
+                action(step, state)
 
     return hook
 
@@ -143,7 +130,7 @@ def make_progress_hook(bar: Any, log: TrainLog) -> Hook:
 
 
 def progress_bar(num_images: int, done: int, what: str) -> Any:
-    """A bar on standard error with images/s and time left; silent if that is no terminal."""
+    """A bar on standard error with images/s and time left; none if that is no terminal."""
     return tqdm(
         total=num_images,
         initial=done,

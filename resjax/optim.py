@@ -16,7 +16,7 @@ def decay_mask(params: Any) -> Any:
       scale and bias of batch norm.
     """
     return traverse_util.path_aware_map(
-        lambda path, _: not re.search(r"(^|_)norm", path[-2]), params
+        lambda path, _: not re.search(r"(^|_)norm", str(path[-2])), params
     )
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,7 +17,8 @@ from etils import epath
 from flax import linen as nn
 from jax.sharding import SingleDeviceSharding
 
-from resjax import build, config as configs, hooks, loop, parallel, records
+from resjax import build, hooks, loop, parallel, records
+from resjax import config as configs
 from resjax.config import Config, UsageError
 
 _NOT_CONFIG = ("derived", "class_names", "versions")  # what else config.json holds
@@ -83,10 +84,9 @@ def train(config: Config, workdir: str | epath.Path) -> int:
     with checkpoint.open_checkpoints(workdir, config.checkpoint.keep) as checkpoints:
         latest = checkpoints.latest_step()
         if latest == run.num_steps:
-            last = records.read_metrics(workdir)[-1]
             records.say(
-                f"{workdir} is finished: step {latest} of {run.num_steps}, test top-1 "
-                f"{last['top1']:.2f} %. For another run choose another --workdir."
+                f"{workdir} is finished: step {latest} of {run.num_steps}; "
+                "for another run choose another --workdir"
             )
             return 0
         state = run.init_state()
@@ -158,7 +158,7 @@ def _fit(
             f"{train['images_per_second']:,.0f} images/s"
         )
 
-    def save(state: Any) -> None:
+    def save(step: int, state: Any) -> None:
         checkpoint.save(checkpoints, state, record)
 
     def save_due(step: int) -> bool:
@@ -178,8 +178,8 @@ def _fit(
                 [
                     log,
                     hooks.make_progress_hook(bar, log),
-                    hooks.make_eval_hook(evaluate, run.eval_steps, log),
-                    hooks.make_checkpoint_hook(save, save_due, log),
+                    hooks.make_hook(run.eval_steps.__contains__, evaluate, log),
+                    hooks.make_hook(save_due, save, log),
                 ],
                 should_stop=lambda: bool(received),
             )
@@ -238,7 +238,11 @@ def evaluate(
     with checkpoint.open_checkpoints(workdir) as checkpoints:
         step = checkpoint.pick_step(checkpoints, step)
         config = config_of(checkpoint.restore_record(checkpoints, step))
-        data = config.data if data_dir is None else dataclasses.replace(config.data, dir=data_dir)
+        data = (
+            config.data
+            if data_dir is None
+            else dataclasses.replace(config.data, dir=data_dir)
+        )
         config = dataclasses.replace(config, data=data)
         eval_step, batches = build.build_evaluation(
             config, split, batch_size or config.batch_size
@@ -286,7 +290,11 @@ class Restored:
 def check_is_run(workdir: epath.Path) -> None:
     """Raises `UsageError` if there is no run; it lists what is there."""
     if not workdir.is_dir():
-        near = sorted(p.name for p in workdir.parent.iterdir()) if workdir.parent.is_dir() else []
+        near = (
+            sorted(p.name for p in workdir.parent.iterdir())
+            if workdir.parent.is_dir()
+            else []
+        )
         raise UsageError(f"there is no directory {workdir}; beside it there are {near}")
     if not (workdir / "checkpoints").is_dir():
         there = sorted(p.name for p in workdir.iterdir())
@@ -299,7 +307,8 @@ def _restore_variables(checkpoints: Any, step: int, model: nn.Module) -> dict[st
     images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
     device = SingleDeviceSharding(jax.local_devices()[0])
-    return checkpoint.restore_variables(checkpoints, step, checkpoint.abstract(shapes, device))
+    like = checkpoint.abstract(shapes, device)
+    return checkpoint.restore_variables(checkpoints, step, like)
 
 
 def restore(workdir: str | epath.Path, step: int | None = None) -> Restored:
@@ -327,13 +336,17 @@ def restore(workdir: str | epath.Path, step: int | None = None) -> Restored:
         model = build.build_model(config)
         variables = _restore_variables(checkpoints, step, model)
     preprocess = build.build_preprocess(config)
-    apply = jax.jit(lambda variables, images: jax.nn.softmax(model.apply(variables, images)))
+
+    @jax.jit
+    def softmax(variables: Any, images: jax.Array) -> jax.Array:
+        logits: Any = model.apply(variables, images, train=False)
+        return jax.nn.softmax(logits)
 
     def predict(images: Any) -> np.ndarray:
         if not _is_preprocessed(images):
             images = preprocess(images)
         chunks = [images[i : i + _CHUNK] for i in range(0, len(images), _CHUNK)]
-        return np.concatenate([np.asarray(apply(variables, chunk)) for chunk in chunks])
+        return np.concatenate([np.asarray(softmax(variables, chunk)) for chunk in chunks])
 
     return Restored(
         model, variables, config, step, record["class_names"], preprocess, predict

@@ -113,7 +113,7 @@ def make_eval_step(
     """
 
     def eval_step(variables: dict[str, Any], batch: Batch) -> Sums:
-        logits = model.apply(variables, prepare(batch), train=False)
+        logits: Any = model.apply(variables, prepare(batch), train=False)
         sums = classification_sums(logits, batch["label"], batch["mask"])
         return lax.psum(sums, AXIS)
 

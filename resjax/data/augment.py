@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 
-def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
+def normalize(images: ArrayLike, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
     """(x / 255 - mean) / std per channel.
 
     Args:
@@ -20,8 +21,8 @@ def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) ->
     Returns:
       [B, H, W, 3] float32.
     """
-    mean, std = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
-    return (images.astype(jnp.float32) / 255 - mean) / std
+    shift, scale = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
+    return (jnp.asarray(images, jnp.float32) / 255 - shift) / scale
 
 
 def example_keys(seed: int, positions: jax.Array) -> jax.Array:

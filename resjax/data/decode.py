@@ -77,5 +77,5 @@ def random_resized_crop(
     image: np.ndarray, size: int, rng: np.random.RandomState
 ) -> np.ndarray:
     """`random_window` of the image, resized to [size, size, 3]."""
-    top, left, h, w = random_window(*image.shape[:2], rng)
+    top, left, h, w = random_window(image.shape[0], image.shape[1], rng)
     return resize(image[top : top + h, left : left + w], size, size)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+
 def split_indices(labels: np.ndarray) -> dict[str, np.ndarray]:
     """A fixed split that keeps the classes' shares.
 

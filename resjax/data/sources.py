@@ -69,7 +69,7 @@ def open_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
     if "array_record" not in formats:
         raise UsageError(
             f"data set {name} in {directory} is stored as {'/'.join(sorted(formats))}, "
-            f"which cannot be read at random; in another folder (--config.data.dir) run: {how}"
+            f"which cannot be read at random; for another --config.data.dir run: {how}"
         )
     return builder
 

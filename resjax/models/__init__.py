@@ -1,0 +1,1 @@
+"""Convolution and norm, residual blocks, networks."""

@@ -73,6 +73,7 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, H, W, C] -> [B, H / strides, W / strides, features], of `dtype`."""
         k = self.kernel_size
         shape = (k, k, x.shape[-1] // self.groups, self.features)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)

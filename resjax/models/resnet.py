@@ -113,7 +113,7 @@ class ResNet(nn.Module):
         Returns:
           [B, num_classes] float32.
         """
-        flags = {"train": train, "update_stats": update_stats}
+        flags: dict[str, Any] = {"train": train, "update_stats": update_stats}
         conv = partial(self.conv, dtype=self.dtype)
         stem = Stem(self.width, self.downsample, conv, self.norm, name="stem")
         x = stem(x.astype(self.dtype), **flags)  # [B, H/4, W/4, width]
@@ -135,7 +135,12 @@ class ResNet(nn.Module):
 def _cifar(depth: int) -> Callable[..., ResNet]:
     """6n + 2 layers: three stages of n basic blocks, shortcut A, 16 to 64 channels."""
     sizes = ((depth - 2) // 6,) * 3
-    small = {"width": 16, "downsample": False, "shortcut": "A", "num_classes": 10}
+    small: dict[str, Any] = {
+        "width": 16,
+        "downsample": False,
+        "shortcut": "A",
+        "num_classes": 10,
+    }
     return partial(ResNet, sizes, BasicBlock, **small)
 
 
