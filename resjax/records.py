@@ -65,17 +65,12 @@ def plot_curves(workdir: epath.Path, title: str) -> None:
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     figure.suptitle(title)
     panels = figure.subplots(1, 3)
-    styles: dict[str, dict[str, Any]] = {
-        "train": {"lw": 1, "alpha": 0.8},
-        "test": {"marker": ".", "lw": 1.5},
-    }
-    for split, style in styles.items():
+    for split, marker in (("train", ""), ("test", ".")):
         rows = [record for record in records if record["split"] == split]
         epochs = [row["epoch"] for row in rows]
-        panels[0].plot(epochs, [row["loss"] for row in rows], label=split, marker=marker)
-        panels[1].plot(
-            epochs, [100 - row["top1"] for row in rows], label=split, marker=marker
-        )
+        losses, errors = [row["loss"] for row in rows], [100 - row["top1"] for row in rows]
+        panels[0].plot(epochs, losses, label=split, marker=marker)
+        panels[1].plot(epochs, errors, label=split, marker=marker)
     train = [record for record in records if record["split"] == "train"]
     panels[2].plot([row["epoch"] for row in train], [row["lr"] for row in train], c="k")
     panels[0].set(ylabel="loss (nats)", yscale="log")

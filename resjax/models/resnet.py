@@ -135,13 +135,8 @@ class ResNet(nn.Module):
 def _cifar(depth: int) -> Callable[..., ResNet]:
     """6n + 2 layers: three stages of n basic blocks, shortcut A, 16 to 64 channels."""
     sizes = ((depth - 2) // 6,) * 3
-    small: dict[str, Any] = {
-        "width": 16,
-        "downsample": False,
-        "shortcut": "A",
-        "num_classes": 10,
-    }
-    return partial(ResNet, sizes, BasicBlock, **small)
+    make = partial(ResNet, sizes, BasicBlock, width=16, downsample=False)
+    return partial(make, shortcut="A", num_classes=10)
 
 
 MODELS: dict[str, Callable[..., ResNet]] = {
