@@ -252,7 +252,7 @@ def build_run(config: Config) -> Run:
     from resjax.data import pipeline
     from resjax.data.datasets import get_dataset
 
-    model = build_model(config, axis_name=steps.AXIS)
+    model = build_model(config, axis_name=parallel.AXIS)
     scheme = initializers.get_scheme(config.init)
     check_devices(config, jax.device_count())
     source, class_names = build_source(config, "train")
@@ -295,7 +295,7 @@ def build_run(config: Config) -> Run:
         num_steps=num_steps,
         eval_steps=frozenset(eval_steps - {0} | {num_steps}),
         num_examples=len(source),
-        learning_rates=np.broadcast_to(np.asarray(rates), (num_steps,)),
+        learning_rates=np.asarray(rates),
         derived=derived,
         class_names=class_names,
     )

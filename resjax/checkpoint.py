@@ -16,7 +16,6 @@ from etils import epath
 from jax.sharding import Sharding
 
 from resjax.config import UsageError
-from resjax.steps import TrainState
 
 
 @contextlib.contextmanager
@@ -38,20 +37,24 @@ def open_checkpoints(
         yield manager
 
 
-def save(manager: ocp.CheckpointManager, state: TrainState, record: dict[str, Any]) -> None:
-    """Writes `state` in the background; its memory may be reused when this returns.
+def save(
+    manager: ocp.CheckpointManager,
+    step: int,
+    variables: Any,
+    optimizer: Any,
+    record: dict[str, Any],
+) -> None:
+    """Writes a checkpoint in the background; the arrays may be reused when this returns.
 
     Raises:
-      FloatingPointError: the state holds a value that is not finite; nothing is written.
+      FloatingPointError: a variable that is not finite; nothing is written.
     """
-    step = int(state.step)
-    if not all_finite(state.variables):
+    if not all_finite(variables):
         raise FloatingPointError(f"the parameters are not finite after step {step}")
-    optimizer = {"step": state.step, "opt_state": state.opt_state}
     manager.save(
         step,
         args=ocp.args.Composite(
-            variables=ocp.args.StandardSave(state.variables),
+            variables=ocp.args.StandardSave(variables),
             optimizer=ocp.args.StandardSave(optimizer),
             record=ocp.args.JsonSave(record),
         ),
@@ -87,23 +90,19 @@ def restore_record(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
     return manager.restore(step, args=args)["record"]
 
 
-def restore_variables(manager: ocp.CheckpointManager, step: int, like: Any) -> Any:
-    """The variables of a checkpoint, as arrays of the shapes and shardings of `like`."""
-    args = ocp.args.Composite(variables=ocp.args.StandardRestore(like))
-    return manager.restore(step, args=args)["variables"]
+def restore_arrays(manager: ocp.CheckpointManager, step: int, **like: Any) -> Any:
+    """The items of a checkpoint that `like` names, `variables` or `optimizer`.
 
+    Args:
+      manager: from `open_checkpoints`.
+      step: of the checkpoint.
+      **like: for each item, its tree with the shapes, dtypes and shardings wanted.
 
-def restore_state(
-    manager: ocp.CheckpointManager, step: int, like: TrainState
-) -> TrainState:
-    """The whole state of a checkpoint, as arrays of the shapes and shardings of `like`."""
-    optimizer = {"step": like.step, "opt_state": like.opt_state}
-    args = ocp.args.Composite(
-        variables=ocp.args.StandardRestore(like.variables),
-        optimizer=ocp.args.StandardRestore(optimizer),
-    )
-    items = manager.restore(step, args=args)
-    return TrainState(**items["variables"], **items["optimizer"])
+    Returns:
+      {name: tree of arrays}.
+    """
+    args = {name: ocp.args.StandardRestore(tree) for name, tree in like.items()}
+    return manager.restore(step, args=ocp.args.Composite(**args))
 
 
 def abstract(tree: Any, sharding: Sharding) -> Any:

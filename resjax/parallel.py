@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from resjax.steps import AXIS
+AXIS = "devices"  # the mapped axis of all per-device programs
 
 
 def _mesh() -> Mesh:

@@ -20,6 +20,7 @@ from jax.sharding import SingleDeviceSharding
 from resjax import build, hooks, loop, parallel, records
 from resjax import config as configs
 from resjax.config import Config, UsageError
+from resjax.steps import TrainState
 
 _NOT_CONFIG = ("derived", "class_names", "versions")  # what else config.json holds
 
@@ -92,7 +93,10 @@ def train(config: Config, workdir: str | epath.Path) -> int:
         state = run.init_state()
         if latest is not None:
             like = checkpoint.abstract(state, state.step.sharding)
-            state = checkpoint.restore_state(checkpoints, latest, like)
+            items = checkpoint.restore_arrays(
+                checkpoints, latest, variables=like.variables, optimizer=like.optimizer
+            )
+            state = TrainState(**items["variables"], **items["optimizer"])
         record = {
             **dataclasses.asdict(config),
             "derived": run.derived,
@@ -159,7 +163,7 @@ def _fit(
         )
 
     def save(step: int, state: Any) -> None:
-        checkpoint.save(checkpoints, state, record)
+        checkpoint.save(checkpoints, step, state.variables, state.optimizer, record)
 
     def save_due(step: int) -> bool:
         every = config.checkpoint.every_steps
@@ -308,7 +312,7 @@ def _restore_variables(checkpoints: Any, step: int, model: nn.Module) -> dict[st
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
     device = SingleDeviceSharding(jax.local_devices()[0])
     like = checkpoint.abstract(shapes, device)
-    return checkpoint.restore_variables(checkpoints, step, like)
+    return checkpoint.restore_arrays(checkpoints, step, variables=like)["variables"]
 
 
 def restore(workdir: str | epath.Path, step: int | None = None) -> Restored:

@@ -35,8 +35,9 @@ def step_decay(peak: float, boundaries: Sequence[int], factor: float = 0.1) -> S
     """
 
     def schedule(step: jax.Array | int) -> jax.Array:
-        drops = sum((jnp.asarray(step) >= b).astype(jnp.float32) for b in boundaries)
-        return jnp.float32(peak) * jnp.float32(factor) ** drops
+        rates = [peak * factor**i for i in range(len(boundaries) + 1)]
+        drops = jnp.sum(jnp.asarray(step) >= jnp.asarray(boundaries, jnp.int32))
+        return jnp.asarray(rates, jnp.float32)[drops]
 
     return schedule
 

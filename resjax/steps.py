@@ -1,6 +1,6 @@
 """The train and eval step of one device, pure; parallel.py runs them on all devices.
 
-Devices are joined by the mapped axis `AXIS`. Knows no config and no data set.
+Knows no config and no data set.
 """
 
 from collections.abc import Callable
@@ -15,8 +15,7 @@ from jax import lax
 
 from resjax.losses import cross_entropy
 from resjax.metrics import Sums, classification_sums
-
-AXIS = "devices"  # the mapped axis of all per-device programs
+from resjax.parallel import AXIS
 
 Batch = dict[str, jax.Array]
 Transform = Callable[[Batch], jax.Array]  # a device's batch -> images [B, H, W, 3] float
@@ -42,6 +41,11 @@ class TrainState:
     def variables(self) -> dict[str, Any]:
         """What `model.apply` takes."""
         return {"params": self.params, "batch_stats": self.batch_stats}
+
+    @property
+    def optimizer(self) -> dict[str, Any]:
+        """The rest."""
+        return {"step": self.step, "opt_state": self.opt_state}
 
 
 def create_state(variables: dict[str, Any], tx: optax.GradientTransformation) -> TrainState:
