@@ -1,8 +1,9 @@
 """What a run writes down: `metrics.jsonl`, TensorBoard events, `curves.png`."""
 
+import contextlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from etils import epath
@@ -31,8 +32,11 @@ def read_metrics(workdir: epath.Path) -> list[Record]:
     return [json.loads(line) for line in lines]
 
 
-def open_metrics(workdir: epath.Path, start_step: int) -> Callable[[Record], None]:
-    """A function that appends a record to `metrics.jsonl` and to TensorBoard.
+@contextlib.contextmanager
+def open_metrics(
+    workdir: epath.Path, start_step: int
+) -> Iterator[Callable[[Record], None]]:
+    """Gives a function that appends a record to `metrics.jsonl` and to TensorBoard.
 
     Records after `start_step`, left by an interrupted run that will write them again,
     are removed.
@@ -44,7 +48,7 @@ def open_metrics(workdir: epath.Path, start_step: int) -> Callable[[Record], Non
     draft = path.with_name(path.name + ".tmp")
     draft.write_text("".join(json.dumps(record) + "\n" for record in kept))
     draft.replace(path)
-    events = SummaryWriter(str(workdir), purge_step=start_step + 1)
+    events = SummaryWriter(str(workdir), purge_step=start_step + 1, flush_secs=10)
 
     def write(record: Record) -> None:
         with path.open("a") as file:
@@ -52,9 +56,9 @@ def open_metrics(workdir: epath.Path, start_step: int) -> Callable[[Record], Non
         for name, value in record.items():
             if name not in ("step", "split"):
                 events.add_scalar(f"{record['split']}/{name}", value, record["step"])
-        events.flush()
 
-    return write
+    with events:
+        yield write
 
 
 def plot_curves(workdir: epath.Path, title: str) -> None:

@@ -3,6 +3,7 @@
 The door of the library: `resjax.restore` is here, and what train.py and eval.py call.
 """
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -131,49 +132,43 @@ def _fit(
     config: Config,
     run: build.Run,
     workdir: epath.Path,
-    state: Any,
+    state: TrainState,
     checkpoints: Any,
     record: dict[str, Any],
 ) -> int:
-    """The hooks of a run around `loop.fit`; returns the exit code."""
+    """`loop.fit` with the hooks of a run around it; returns the exit code."""
     from resjax import checkpoint
 
     start_step, started = int(state.step), time.perf_counter()
-    write = records.open_metrics(workdir, start_step)
-    log = hooks.TrainLog(
-        write=write,
-        every=config.log_every_steps,
-        epochs_per_step=config.batch_size / run.num_examples,
-        learning_rates=run.learning_rates,
-        images_per_step=config.batch_size,
-    )
-
-    def evaluate(step: int, state: Any) -> None:
-        means = loop.evaluate(run.eval_step, state.variables, run.eval_batches())
-        del means["num_examples"]
-        epoch = round(step * log.epochs_per_step, 4)
-        write({"step": step, "epoch": epoch, "split": "test", **means})
-        records.plot_curves(workdir, f"{config.model} on {config.data.name}")
-        train = log.latest
-        records.say(
-            f"step {step:>6,}/{run.num_steps:,}  epoch {epoch:6.2f}  "
-            f"train loss {train['loss']:.4f} top-1 {train['top1']:6.2f} %  "
-            f"test loss {means['loss']:.4f} top-1 {means['top1']:6.2f} %  "
-            f"{train['images_per_second']:,.0f} images/s"
+    with contextlib.ExitStack() as stack:
+        write = stack.enter_context(records.open_metrics(workdir, start_step))
+        received = stack.enter_context(hooks.stop_signals())
+        images, done = (n * config.batch_size for n in (run.num_steps, start_step))
+        bar = stack.enter_context(hooks.progress_bar(images, done, "training"))
+        log = hooks.TrainLog(
+            write=write,
+            every=config.log_every_steps,
+            epochs_per_step=config.batch_size / run.num_examples,
+            learning_rates=run.learning_rates,
+            images_per_step=config.batch_size,
         )
 
-    def save(step: int, state: Any) -> None:
-        checkpoint.save(checkpoints, step, state.variables, state.optimizer, record)
+        def evaluate(step: int, state: TrainState) -> None:
+            means = loop.evaluate(run.eval_step, state.variables, run.eval_batches())
+            epoch = round(step * log.epochs_per_step, 4)
+            del means["num_examples"]
+            write({"step": step, "epoch": epoch, "split": "test", **means})
+            records.plot_curves(workdir, f"{config.model} on {config.data.name}")
+            report(run.num_steps, log.latest, {**means, "step": step, "epoch": epoch})
 
-    def save_due(step: int) -> bool:
-        every = config.checkpoint.every_steps
-        due = step % every == 0 if every else step in run.eval_steps
-        return due or step == run.num_steps or bool(received)
+        def save(step: int, state: TrainState) -> None:
+            checkpoint.save(checkpoints, step, state.variables, state.optimizer, record)
 
-    bar = hooks.progress_bar(
-        run.num_steps * config.batch_size, start_step * config.batch_size, "training"
-    )
-    with hooks.stop_signals() as received, bar:
+        def save_due(step: int) -> bool:
+            every = config.checkpoint.every_steps
+            due = step % every == 0 if every else step in run.eval_steps
+            return due or step == run.num_steps or bool(received)
+
         try:
             state = loop.fit(
                 run.train_step,
@@ -189,12 +184,22 @@ def _fit(
             )
         except FloatingPointError as error:
             return _diverged(error, checkpoints)
-    if received:
+    if received and int(state.step) < run.num_steps:
         records.say(f"stopped by signal {received[0]}; step {int(state.step)} is saved")
         return 128 + received[0]
     minutes, seconds = divmod(round(time.perf_counter() - started), 60)
     records.say(f"finished in {minutes} min {seconds:02d} s; see {workdir}/curves.png")
     return 0
+
+
+def report(num_steps: int, train: dict[str, Any], test: dict[str, Any]) -> None:
+    """Says how a run stands after an evaluation."""
+    records.say(
+        f"step {test['step']:>6,}/{num_steps:,}  epoch {test['epoch']:6.2f}  "
+        f"train loss {train['loss']:.4f} top-1 {train['top1']:6.2f} %  "
+        f"test loss {test['loss']:.4f} top-1 {test['top1']:6.2f} %  "
+        f"{train['images_per_second']:,.0f} images/s"
+    )
 
 
 def _diverged(error: FloatingPointError, checkpoints: Any) -> int:

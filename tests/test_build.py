@@ -1,0 +1,83 @@
+"""Config to parts: derived numbers, and what is refused before anything is written."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from resjax import build
+from resjax.config import Config, NormConfig, UsageError
+
+
+def derived_of(num_examples=1_281_167, **fields):
+    config = dataclasses.replace(Config(), **fields)
+    return build.build_schedule(config, num_examples)
+
+
+@pytest.mark.parametrize("kn", [256, 512, 8192])
+def test_goyal_warms_up_only_minibatches_over_256(kn):
+    schedule, derived = derived_of(batch_size=kn, warmup="goyal")
+    peak = 0.1 * kn / 256
+    assert derived["peak_lr"] == pytest.approx(peak)
+    assert derived["num_steps"] == round(90 * 1_281_167 / kn)
+    np.testing.assert_allclose(schedule(0), 0.1, rtol=1e-6)  # reached from 0.1 in any case
+    steps = round(5 * 1_281_167 / kn)
+    assert derived["warmup_steps"] == (steps if kn > 256 else 0)
+    np.testing.assert_allclose(schedule(steps), peak, rtol=1e-6)
+    np.testing.assert_allclose(schedule(steps // 2), (0.1 + peak) / 2, rtol=1e-3)
+
+
+def test_warmups_differ_only_while_they_last():
+    kinds = ("gradual", "constant", "none")
+    schedules = {kind: derived_of(batch_size=8192, warmup=kind)[0] for kind in kinds}
+    first = {kind: float(schedule(0)) for kind, schedule in schedules.items()}
+    assert first == pytest.approx({"gradual": 0.1, "constant": 0.1, "none": 3.2})
+    middle = {kind: float(schedule(400)) for kind, schedule in schedules.items()}
+    assert middle["constant"] == pytest.approx(0.1) and middle["gradual"] > 1
+    for step in (800, 5_000, 12_000, 14_000):
+        assert len({float(schedule(step)) for schedule in schedules.values()}) == 1
+
+
+@pytest.mark.parametrize(
+    "batch, group, devices, named",
+    [
+        (100, 0, 8, ["config.batch_size", "100", "8 devices", "96 or 104"]),
+        (4, 0, 8, ["config.batch_size", "4", "8 devices", "8"]),
+        (64, 32, 8, ["config.norm.virtual_batch_size", "32", "8 examples"]),
+        (96, 8, 8, ["config.norm.virtual_batch_size", "8", "12 examples"]),
+    ],
+)
+def test_a_minibatch_that_does_not_fit_the_devices_is_named(batch, group, devices, named):
+    config = dataclasses.replace(Config(), batch_size=batch, norm=NormConfig(group))
+    with pytest.raises(UsageError) as caught:
+        build.check_devices(config, devices)
+    assert all(part in str(caught.value) for part in named)
+
+
+@pytest.mark.parametrize("group, devices", [(0, 8), (128, 8), (16, 8), (8, 8), (32, 4)])
+def test_a_minibatch_that_fits_is_accepted(group, devices):
+    config = dataclasses.replace(Config(), norm=NormConfig(group))
+    build.check_devices(config, devices)
+
+
+def test_groups_of_the_whole_minibatch_are_the_whole_minibatch():
+    config = dataclasses.replace(Config(), norm=NormConfig(128))
+    norm = build.build_model(config, axis_name="devices").norm
+    assert norm.keywords == {"virtual_batch_size": 0, "axis_name": "devices"}
+
+
+def test_evaluation_comes_after_the_last_step_and_every_so_often():
+    config = dataclasses.replace(
+        Config(), num_epochs=2.5, eval_every_epochs=1.0, batch_size=128
+    )
+    run = build.build_run(config)
+    assert run.num_examples == 1437
+    assert run.num_steps == round(2.5 * 1437 / 128) == 28
+    assert sorted(run.eval_steps) == [11, 22, 28]
+    assert run.learning_rates.shape == (28,)
+    assert run.class_names == list("0123456789")
+
+
+def test_an_unknown_optimizer_never_reaches_the_table():
+    tx = build.build_optimizer(Config(), lambda step: 0.1)
+    assert {field for field in tx._fields} == {"init", "update"}

@@ -1,0 +1,146 @@
+"""Config fields, their ranges, and what a command line makes of them."""
+
+import dataclasses
+import json
+
+import pytest
+
+from resjax import config as configs
+from resjax.config import Config, DataConfig, NormConfig, UsageError
+
+
+def error_of(call, *args):
+    with pytest.raises(UsageError) as caught:
+        call(*args)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "word, field, value",
+    [
+        ("--config.batch_size=64", "batch_size", 64),
+        ("--config.lr_per_256=1", "lr_per_256", 1.0),
+        ("--config.lr_per_256=1e-3", "lr_per_256", 1e-3),
+        ("--config.warmup_start_lr=none", "warmup_start_lr", None),
+        ("--config.warmup_start_lr=0.5", "warmup_start_lr", 0.5),
+        ("--config.nesterov=false", "nesterov", False),
+        ("--config.nesterov=True", "nesterov", True),
+        ("--config.drop_epochs=30,60", "drop_epochs", (30.0, 60.0)),
+        ("--config.drop_epochs=(30,)", "drop_epochs", (30.0,)),
+        ("--config.drop_epochs=30", "drop_epochs", (30.0,)),
+        ("--config.drop_epochs=()", "drop_epochs", ()),
+        ("--config.schedule=cosine", "schedule", "cosine"),
+        ("--config.data.name=cifar10", "data.name", "cifar10"),
+        ("--config.data.dir=/a=b", "data.dir", "/a=b"),
+        ("--config.data.dir=3", "data.dir", "3"),
+        ("--config.model_kwargs.shortcut=B", "model_kwargs.shortcut", "B"),
+        ("--config.norm.virtual_batch_size=32", "norm.virtual_batch_size", 32),
+    ],
+)
+def test_override_sets_the_field_and_no_other(word, field, value):
+    changed = configs.override(Config(), [word])
+    before, after = configs.flatten(Config()), configs.flatten(changed)
+    assert after == {**before, field: value}
+    assert type(after[field]) is type(value)
+
+
+@pytest.mark.parametrize(
+    "word, parts",
+    [
+        ("--config.batchsize=3", ["batchsize", "batch_size"]),
+        ("--config.data.nam=x", ["data.nam", "data.name"]),
+        ("--config.data=x", ["'data'", "data.dir"]),
+        ("--config.batch_size=abc", ["config.batch_size", "'abc'", "whole number"]),
+        ("--config.batch_size=1.5", ["config.batch_size", "1.5", "whole number"]),
+        ("--config.batch_size=true", ["config.batch_size", "True", "whole number"]),
+        ("--config.batch_size=0", ["config.batch_size", "0", "greater than 0"]),
+        ("--config.batch_size=-1", ["config.batch_size", "-1", "greater than 0"]),
+        ("--config.nesterov=7", ["config.nesterov", "7", "true or false"]),
+        ("--config.lr_per_256=1e999", ["config.lr_per_256", "inf", "number"]),
+        ("--config.momentum=1", ["config.momentum", "1.0", "below 1"]),
+        ("--config.seed=-1", ["config.seed", "-1", "from 0"]),
+        ("--config.schedule=linear", ["config.schedule", "'linear'", "step, cosine"]),
+        ("--config.drop_epochs=30,x", ["config.drop_epochs", "list of numbers"]),
+        ("--config.drop_epochs=30,-1", ["config.drop_epochs", "greater than 0"]),
+        ("--config.drop_epochs=60,30", ["config.drop_epochs", "increasing"]),
+        (
+            "--config.norm.virtual_batch_size=48",
+            ["virtual_batch_size", "batch_size=128"],
+        ),
+        ("--config.batch_size", ["--config.batch_size=VALUE"]),
+        ("--batch_size=3", ["--batch_size=3", "--help"]),
+        ("digits", ["'digits'", "--help"]),
+    ],
+)
+def test_what_does_not_fit_is_named(word, parts):
+    message = error_of(configs.override, Config(), [word])
+    for part in parts:
+        assert part in message
+
+
+def test_the_order_of_overrides_does_not_matter_to_joint_checks():
+    words = ["--config.norm.virtual_batch_size=48", "--config.batch_size=96"]
+    assert configs.override(Config(), words).norm.virtual_batch_size == 48
+
+
+def test_a_config_survives_json():
+    config = Config(
+        drop_epochs=(1.5, 2.5), norm=NormConfig(32), data=DataConfig(dir="/x"), seed=7
+    )
+    stored = json.loads(json.dumps(dataclasses.asdict(config)))
+    assert configs.from_dict(stored) == config
+
+
+def test_a_stored_config_of_another_version_is_named():
+    stored = {**dataclasses.asdict(Config()), "bach_size": 3}
+    assert "bach_size" in error_of(configs.from_dict, stored)
+
+
+def test_a_python_config_is_checked_like_a_command_line():
+    assert "config.batch_size" in error_of(configs.validate, Config(batch_size="64"))
+    assert configs.validate(Config(num_epochs=3)).num_epochs == 3.0
+
+
+def test_differences_name_what_changes_the_numbers_and_nothing_else():
+    free = dataclasses.replace(
+        Config(), parallel="shard_map", log_every_steps=1, data=DataConfig(dir="/elsewhere")
+    )
+    assert configs.differences(Config(), free) == []
+    (line,) = configs.differences(Config(), dataclasses.replace(Config(), seed=3))
+    assert line == "config.seed was 0 and is now 3"
+
+
+def test_free_fields_exist():
+    assert set(configs.FREE_FIELDS) <= set(configs.fields())
+
+
+def test_help_lists_every_field():
+    text = configs.fields_help()
+    assert all(name in text for name in configs.fields())
+
+
+@pytest.mark.parametrize(
+    "code, part",
+    [
+        ("def get_config(): return 3", "no resjax Config"),
+        ("x = 3", "get_config"),
+        ("def get_config(): raise OSError('a\\nb')", "OSError: a b"),
+        ("def get_config(:", "SyntaxError"),
+    ],
+)
+def test_a_config_file_that_does_not_work_is_named(tmp_path, code, part):
+    path = tmp_path / "mine.py"
+    path.write_text(code)
+    message = error_of(configs.load_config, path)
+    assert str(path) in message and part in message
+
+
+def test_a_missing_config_file_names_those_that_are_there(tmp_path):
+    (tmp_path / "one.py").write_text("")
+    assert "one.py" in error_of(configs.load_config, tmp_path / "two.py")
+
+
+def test_unknown_name_offers_the_nearest_or_all():
+    assert "did you mean alpha?" in str(configs.unknown_name("x", "alpa", ["alpha", "b"]))
+    assert "['alpha', 'b']" in str(configs.unknown_name("x", "zzz", ["alpha", "b"]))

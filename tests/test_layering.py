@@ -1,0 +1,111 @@
+"""Imports point down only, every module has its test, and importing resjax costs little."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+# From the top to the bottom; a module may import only what stands below it.
+ORDER = [
+    "runs",
+    "build",
+    "hooks",
+    "loop",
+    "records",
+    "steps",
+    "checkpoint",
+    "parallel",
+    "models.resnet",
+    "models.blocks",
+    "models.norm",
+    "models.ops",
+    "data.pipeline",
+    "data.sources",
+    "data.digits",
+    "data.datasets",
+    "data.augment",
+    "data.decode",
+    "data.order",
+    "initializers",
+    "optim",
+    "schedules",
+    "metrics",
+    "losses",
+    "config",
+]
+MODULES = sorted((ROOT / "resjax").rglob("*.py"))
+
+
+def module_name(path):
+    return ".".join(path.relative_to(ROOT / "resjax").with_suffix("").parts)
+
+
+def imported_modules(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("resjax"):
+            base = node.module.removeprefix("resjax").removeprefix(".")
+            names = [f"{base}.{alias.name}".removeprefix(".") for alias in node.names]
+            yield from (name if name in ORDER else base for name in names)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_imports_point_down(path):
+    name = module_name(path)
+    if path.name == "__init__.py":
+        return
+    assert name in ORDER, f"{name} has no place in ORDER"
+    for imported in imported_modules(path):
+        assert ORDER.index(imported) > ORDER.index(name), f"{name} imports {imported}"
+
+
+def test_order_lists_no_module_that_is_gone():
+    assert set(ORDER) == {module_name(p) for p in MODULES if p.name != "__init__.py"}
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_every_module_has_its_test(name):
+    *folders, last = name.split(".")
+    assert ROOT.joinpath("tests", *folders, f"test_{last}.py").exists()
+
+
+def test_exported_names():
+    import resjax
+
+    assert resjax.__all__ == ["BatchNorm", "create_model", "init", "list_models", "restore"]
+
+
+def python(code):
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+
+
+def test_import_loads_no_other_framework_and_touches_no_device():
+    python(
+        "import sys, resjax\n"
+        "loaded = {name.split('.')[0] for name in sys.modules}\n"
+        "assert not loaded & {'tensorflow', 'torch', 'tensorflow_datasets', 'grain',"
+        " 'cv2', 'orbax', 'sklearn', 'matplotlib'}, loaded\n"
+        "from jax._src import xla_bridge\n"
+        "assert not xla_bridge.backends_are_initialized()\n"
+    )
+
+
+def test_import_is_no_slower_than_what_it_stands_on():
+    # In turns, and the fastest of each: other work on the machine only ever slows down.
+    clock = (
+        "import time; start = time.perf_counter(); {}; print(time.perf_counter() - start)"
+    )
+    peer, ours = (
+        clock.format("import jax, flax.linen, optax"),
+        clock.format("import resjax"),
+    )
+    times = [(float(python(ours)), float(python(peer))) for _ in range(5)]
+    fastest = [min(column) for column in zip(*times, strict=True)]
+    assert fastest[0] <= 1.25 * fastest[1]

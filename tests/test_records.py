@@ -1,0 +1,81 @@
+"""What a run writes down: each step once after a resume, readable by its tools."""
+
+import json
+
+import pytest
+from etils import epath
+from tensorboardX.proto.event_pb2 import Event
+
+from resjax import records
+
+
+def record(step, split="train", loss=1.0):
+    return {
+        "step": step,
+        "epoch": step / 4,
+        "split": split,
+        "loss": loss,
+        "top1": 50.0,
+        "top5": 90.0,
+        "lr": 0.1,
+        "images_per_second": 9.0,
+    }
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    return epath.Path(tmp_path)
+
+
+def test_a_resumed_run_writes_each_step_once(workdir):
+    with records.open_metrics(workdir, 0) as write:
+        for step in (2, 4, 6):
+            write(record(step))
+    with records.open_metrics(workdir, 4) as write:  # the last checkpoint was of step 4
+        for step in (6, 8):
+            write(record(step, loss=2.0))
+    kept = [(r["step"], r["loss"]) for r in records.read_metrics(workdir)]
+    assert kept == [(2, 1.0), (4, 1.0), (6, 2.0), (8, 2.0)]
+
+
+def test_a_line_cut_off_by_a_kill_is_dropped(workdir):
+    with records.open_metrics(workdir, 0) as write:
+        write(record(2))
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "epo')
+    assert [r["step"] for r in records.read_metrics(workdir)] == [2]
+    with records.open_metrics(workdir, 2) as write:
+        write(record(4))
+    assert [r["step"] for r in records.read_metrics(workdir)] == [2, 4]
+
+
+def test_tensorboard_events_hold_the_scalars(workdir):
+    with records.open_metrics(workdir, 0) as write:
+        write(record(3, "test", loss=0.5))
+    (path,) = workdir.glob("events.out.tfevents.*")
+    data, scalars = path.read_bytes(), {}
+    while data:  # TFRecord framing: length (8), its CRC (4), data, CRC (4)
+        size = int.from_bytes(data[:8], "little")
+        event = Event.FromString(data[12 : 12 + size])
+        scalars |= {(v.tag, event.step): v.simple_value for v in event.summary.value}
+        data = data[size + 16 :]
+    assert scalars[("test/loss", 3)] == 0.5
+    assert scalars[("test/top1", 3)] == 50.0
+
+
+def test_json_is_written_whole(workdir):
+    path = workdir / "x.json"
+    records.write_json(path, {"a": [1]})
+    with pytest.raises(TypeError):
+        records.write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": [1]}
+    assert [p.name for p in workdir.iterdir()] == ["x.json"]
+
+
+def test_curves_are_a_picture_with_and_without_test_records(workdir):
+    for rows in ([record(1)], [record(2), record(2, "test")]):
+        with records.open_metrics(workdir, rows[0]["step"]) as write:
+            for row in rows:
+                write(row)
+        records.plot_curves(workdir, "title")
+        assert (workdir / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

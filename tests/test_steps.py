@@ -1,0 +1,151 @@
+"""One update against the same update written out, on one device and on eight."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from resjax import optim, parallel, steps
+from resjax.initializers import init
+from resjax.models.blocks import BasicBlock
+from resjax.models.norm import BatchNorm
+from resjax.models.resnet import ResNet
+
+BATCH, CLASSES, RATE, DECAY = 16, 4, 0.3, 1e-2
+
+
+def tiny_model(group=0, axis_name=None, dtype=jnp.float32):
+    norm = partial(BatchNorm, virtual_batch_size=group, axis_name=axis_name)
+    return ResNet(
+        (1, 1), BasicBlock, 4, downsample=False, num_classes=CLASSES, dtype=dtype, norm=norm
+    )
+
+
+def to_float(batch):
+    return batch["image"].astype(jnp.float32) / 64 - 2
+
+
+def random_batch(seed=0, size=BATCH):
+    rng = np.random.RandomState(seed)
+    return {
+        "image": rng.randint(256, size=(size, 6, 6, 3)).astype(np.uint8),
+        "label": rng.randint(CLASSES, size=size).astype(np.int32),
+        "position": np.arange(size, dtype=np.int32),
+    }
+
+
+def make_step(model):
+    tx = optim.sgd(lambda step: jnp.float32(RATE), 0.9, True, DECAY)
+    step = steps.make_train_step(model, tx, to_float, BATCH)
+    variables = init(model, jax.random.key(0))
+    return step, steps.create_state(variables, tx)
+
+
+def run(model, num_devices, batches, runner=jax.pmap):
+    step, state = make_step(model)
+    devices = jax.devices()[:num_devices]
+    mapped = runner(step, parallel.AXIS, in_axes=(None, 0), out_axes=None, devices=devices)
+    sums = None
+    for batch in batches:
+        split = jax.tree.map(lambda x: x.reshape(num_devices, -1, *x.shape[1:]), batch)
+        state, sums = mapped(state, split)
+    return jax.device_get((state, sums))
+
+
+def written_out_update(model, batch, groups=1):
+    """Mean loss over the minibatch, L2 on all but norms, a first Nesterov step."""
+    variables = init(model, jax.random.key(0))
+
+    def loss_fn(params):
+        logits = [
+            model.apply(
+                {"params": params, "batch_stats": variables["batch_stats"]},
+                to_float({"image": images}),
+                train=True,
+                update_stats=False,
+            )
+            for images in np.split(batch["image"], groups)
+        ]
+        log_p = jax.nn.log_softmax(jnp.concatenate(logits))
+        return -log_p[np.arange(BATCH), batch["label"]].mean()
+
+    loss, grads = jax.value_and_grad(loss_fn)(variables["params"])
+    decay = jax.tree.map(lambda is_on: DECAY * is_on, optim.decay_mask(grads))
+    params = jax.tree.map(
+        lambda w, g, d: w - RATE * 1.9 * (g + d * w), variables["params"], grads, decay
+    )
+    return params, loss
+
+
+@pytest.mark.parametrize("num_devices, group", [(1, 0), (8, 0), (4, 4), (2, 4)])
+def test_an_update_is_sgd_on_the_mean_loss_of_the_minibatch(num_devices, group):
+    batch = random_batch()
+    state, sums = run(tiny_model(group, parallel.AXIS), num_devices, [batch])
+    groups = BATCH // group if group else 1
+    params, loss = written_out_update(tiny_model(), batch, groups)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=2e-6), state.params, params)
+    np.testing.assert_allclose(sums["loss"] / BATCH, loss, rtol=1e-5)
+    assert sums["num_examples"] == BATCH and state.step == 1
+
+
+@pytest.mark.parametrize("group", [0, 2])
+def test_many_devices_train_as_one(group):
+    batches = [random_batch(seed) for seed in range(3)]
+    one, one_sums = run(tiny_model(group, parallel.AXIS), 1, batches)
+    eight, eight_sums = run(tiny_model(group, parallel.AXIS), 8, batches)
+    close = partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5)
+    jax.tree.map(close, (one, one_sums), (eight, eight_sums))
+
+
+def test_running_statistics_average_over_the_groups_of_all_devices():
+    batch = random_batch()
+    state, _ = run(tiny_model(4, parallel.AXIS), 4, [batch])
+    variables = init(tiny_model(), jax.random.key(0))
+    apply = partial(tiny_model().apply, train=True, mutable=["batch_stats"])
+    images = [to_float({"image": part}) for part in np.split(batch["image"], 4)]
+    parts = [apply(variables, part)[1] for part in images]
+    mean = jax.tree.map(lambda *x: np.mean(x, axis=0), *(p["batch_stats"] for p in parts))
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), state.batch_stats, mean)
+
+
+def test_bfloat16_keeps_the_state_in_float32_and_the_loss_near():
+    batches = [random_batch(seed) for seed in range(3)]
+    half, half_sums = run(tiny_model(0, parallel.AXIS, jnp.bfloat16), 2, batches)
+    _, full_sums = run(tiny_model(0, parallel.AXIS), 2, batches)
+    floats = jax.tree.leaves((half.params, half.batch_stats, half.opt_state[1]))
+    assert {leaf.dtype for leaf in floats} == {np.dtype(np.float32)}
+    np.testing.assert_allclose(half_sums["loss"], full_sums["loss"], rtol=0.05)
+    assert half_sums["loss"] != full_sums["loss"]
+
+
+def test_eval_step_ignores_padding_and_leaves_the_statistics():
+    model, batch = tiny_model(), random_batch()
+    variables = init(model, jax.random.key(0))
+    step = steps.make_eval_step(model, to_float)
+    batch["mask"] = np.arange(BATCH) < 11
+    batch["image"][11:] = 255
+    split = jax.tree.map(lambda x: x.reshape(8, -1, *x.shape[1:]), batch)
+    sums = jax.pmap(step, parallel.AXIS, in_axes=(None, 0), out_axes=None)(variables, split)
+    logits = np.asarray(model.apply(variables, to_float(batch)), np.float64)[:11]
+    assert float(sums["num_examples"]) == 11
+    assert float(sums["top1"]) == (logits.argmax(1) == batch["label"][:11]).sum()
+
+
+def test_a_step_compiles_once():
+    traces = []
+    tx = optim.sgd(lambda step: jnp.float32(RATE), 0.9, True, DECAY)
+
+    def prepare(batch):
+        traces.append(1)
+        return to_float(batch)
+
+    step = steps.make_train_step(tiny_model(0, parallel.AXIS), tx, prepare, BATCH)
+    run_step = parallel.run_on_devices(step, "pmap", donate_state=True)
+    state = parallel.replicate(
+        steps.create_state(init(tiny_model(), jax.random.key(0)), tx)
+    )
+    for seed in range(3):
+        state, _ = run_step(state, parallel.shard(random_batch(seed)))
+    assert len(traces) == 1
