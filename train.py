@@ -37,9 +37,9 @@ def parse(args: list[str]) -> tuple[configs.Config, str]:
 def main(args: list[str]) -> int:
     """Runs the command; returns its exit code."""
     config, workdir = parse(args)
-    from resjax import runs
+    from resjax import training
 
-    return runs.train(config, workdir)
+    return training.train(config, workdir)
 
 
 if __name__ == "__main__":

@@ -90,18 +90,30 @@ class TrainLog:
 
     def _write(self, step: int) -> None:
         means = summarize(self._window)
-        del means["num_examples"]
-        images = self._timed_steps * self.images_per_step
-        self.latest = {
-            "step": step,
-            "epoch": round(step * self.epochs_per_step, 4),
-            "split": "train",
-            **means,
-            "lr": float(self.learning_rates[step - 1]),
-            "images_per_second": round(images / max(self._seconds, 1e-9), 1),
-        }
+        means["num_examples"] = self._timed_steps * self.images_per_step
+        self.latest = self.record(step, "train", means, self._seconds)
         self._window, self._seconds, self._timed_steps = [], 0.0, 0
         self.write(self.latest)
+
+    def record(
+        self, step: int, split: str, means: dict[str, float], seconds: float
+    ) -> Record:
+        """A line of `metrics.jsonl`.
+
+        Args:
+          step: updates finished.
+          split: "train" or "test".
+          means: from `summarize`; its num_examples took `seconds`.
+          seconds: of wall time.
+        """
+        return {
+            "step": step,
+            "epoch": round(step * self.epochs_per_step, 4),
+            "split": split,
+            **{name: means[name] for name in ("loss", "top1", "top5")},
+            "lr": float(self.learning_rates[step - 1]),
+            "images_per_second": round(means["num_examples"] / max(seconds, 1e-9), 1),
+        }
 
 
 def make_hook(

@@ -1,0 +1,199 @@
+"""Trains the run of a config in a workdir: checked, resumed, logged, saved."""
+
+import contextlib
+import dataclasses
+import json
+import sys
+import time
+from typing import Any
+
+import jax
+from etils import epath
+
+from resjax import build, hooks, loop, records
+from resjax import config as configs
+from resjax.config import Config, UsageError
+from resjax.steps import TrainState
+
+
+def check_same_run(workdir: epath.Path, config: Config) -> None:
+    """Raises `UsageError` if the workdir holds a run of another config."""
+    path = workdir / "config.json"
+    if not path.exists():
+        return
+    try:
+        stored = configs.from_dict(json.loads(path.read_text()))
+    except ValueError as error:  # also a UsageError: a field of another version
+        raise UsageError(f"{path} is no config of this version: {error}") from error
+    different = configs.differences(stored, config)
+    if different:
+        raise UsageError(
+            f"{workdir} holds a run of another config: {'; '.join(different)}; "
+            "choose another --workdir, or put the field back"
+        )
+
+
+def make_workdir(workdir: epath.Path) -> None:
+    """Makes the folder of a run; raises `UsageError` if it cannot be written."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / ".writable"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(f"--workdir: {workdir} cannot be written: {error}") from error
+
+
+def train(config: Config, workdir: str | epath.Path) -> int:
+    """Trains the run of a config in a workdir, from where its last checkpoint stands.
+
+    Args:
+      config: of the run.
+      workdir: folder of the run, made if need be.
+
+    Returns:
+      0 when the run is finished, 128 + n after it was stopped by signal n and saved.
+
+    Raises:
+      UsageError: something in the config, data or workdir does not fit; nothing was
+        written.
+    """
+    config = configs.validate(config)
+    workdir = epath.Path(workdir)
+    check_same_run(workdir, config)
+    from resjax import checkpoint
+
+    run = build.build_run(config)
+    make_workdir(workdir)
+    with checkpoint.open_checkpoints(workdir, config.checkpoint.keep) as checkpoints:
+        latest = checkpoints.latest_step()
+        if latest == run.num_steps:
+            records.say(
+                f"{workdir} is finished: step {latest} of {run.num_steps}; "
+                "for another run choose another --workdir"
+            )
+            return 0
+        state = run.init_state()
+        if latest is not None:
+            like = checkpoint.abstract(state, state.step.sharding)
+            items = checkpoint.restore_arrays(
+                checkpoints, latest, variables=like.variables, optimizer=like.optimizer
+            )
+            state = TrainState(**items["variables"], **items["optimizer"])
+        records.write_json(workdir / "config.json", dataclasses.asdict(config))
+        introduce(config, run, workdir, latest)
+        return _fit(config, run, workdir, state, checkpoints)
+
+
+def introduce(config: Config, run: build.Run, workdir: epath.Path, latest: Any) -> None:
+    """Says what is about to happen: model, data, devices, derived numbers."""
+    devices = jax.devices()
+    derived = run.derived
+    warmup = f"{derived['warmup']} warmup of {derived['warmup_steps']} steps"
+    if derived["warmup"] == "none":
+        warmup = "no warmup"
+        if config.warmup == "goyal":
+            warmup += " (goyal warms up only minibatches over 256)"
+    start = "from the start" if latest is None else f"resuming after step {latest}"
+    records.say(
+        f"{config.model} on {config.data.name} ({run.num_examples:,} examples, "
+        f"{config.num_classes} classes), {start}, in {workdir}\n"
+        f"{run.num_steps:,} steps of {config.batch_size}, {config.num_epochs:g} epochs, "
+        f"on {len(devices)} {devices[0].platform} device{'s'[: len(devices) > 1]} "
+        f"({config.parallel}); peak learning rate {derived['peak_lr']:g}, {warmup}\n"
+        "compiling ..."
+    )
+
+
+def _fit(
+    config: Config,
+    run: build.Run,
+    workdir: epath.Path,
+    state: TrainState,
+    checkpoints: Any,
+) -> int:
+    """`loop.fit` with the hooks of a run around it; returns the exit code."""
+    from resjax import checkpoint
+
+    start_step, started = int(state.step), time.perf_counter()
+    record = {
+        "config": dataclasses.asdict(config),
+        "derived": run.derived,
+        "class_names": run.class_names,
+    }
+    with contextlib.ExitStack() as stack:
+        write = stack.enter_context(records.open_metrics(workdir, start_step))
+        received = stack.enter_context(hooks.stop_signals())
+        images, done = (n * config.batch_size for n in (run.num_steps, start_step))
+        bar = stack.enter_context(hooks.progress_bar(images, done, "training"))
+        log = hooks.TrainLog(
+            write=write,
+            every=config.log_every_steps,
+            epochs_per_step=config.batch_size / run.num_examples,
+            learning_rates=run.learning_rates,
+            images_per_step=config.batch_size,
+        )
+
+        def evaluate(step: int, state: TrainState) -> None:
+            before = time.perf_counter()
+            means = loop.evaluate(run.eval_step, state.variables, run.eval_batches())
+            test = log.record(step, "test", means, time.perf_counter() - before)
+            write(test)
+            records.plot_curves(workdir, f"{config.model} on {config.data.name}")
+            report(run.num_steps, log.latest, test)
+
+        def save(step: int, state: TrainState) -> None:
+            checkpoint.save(checkpoints, step, state.variables, state.optimizer, record)
+
+        def save_due(step: int) -> bool:
+            every = config.checkpoint.every_steps
+            due = step % every == 0 if every else step in run.eval_steps
+            return due or step == run.num_steps
+
+        try:
+            state = loop.fit(
+                run.train_step,
+                state,
+                run.train_batches(start_step),
+                [
+                    log,
+                    hooks.make_progress_hook(bar, log),
+                    hooks.make_hook(run.eval_steps.__contains__, evaluate, log),
+                    hooks.make_hook(save_due, save, log),
+                ],
+                should_stop=lambda: bool(received),
+            )
+            step = int(state.step)
+            if step != checkpoints.latest_step():  # stopped by a signal between two saves
+                with log.paused():
+                    save(step, state)
+        except FloatingPointError as error:
+            return _diverged(error, checkpoints)
+    if step < run.num_steps:
+        records.say(f"stopped by signal {received[0]}; step {step} is saved")
+        return 128 + received[0]
+    minutes, seconds = divmod(round(time.perf_counter() - started), 60)
+    records.say(f"finished in {minutes} min {seconds:02d} s; see {workdir}/curves.png")
+    return 0
+
+
+def report(num_steps: int, train: records.Record, test: records.Record) -> None:
+    """Says how a run stands after an evaluation."""
+    line = f"step {test['step']:>6,}/{num_steps:,}  epoch {test['epoch']:6.2f}  "
+    for row in (train, test):
+        if row:  # no training record is written yet if log_every_steps is large
+            line += f"{row['split']} loss {row['loss']:.4f} top-1 {row['top1']:6.2f} %  "
+    speed = f"{train['images_per_second']:,.0f} images/s" if train else ""
+    records.say((line + speed).rstrip())
+
+
+def _diverged(error: FloatingPointError, checkpoints: Any) -> int:
+    checkpoints.wait_until_finished()
+    latest = checkpoints.latest_step()
+    kept = f"the checkpoint of step {latest} is kept" if latest else "nothing was saved yet"
+    print(
+        f"training stopped: {error}; {kept}. A lower --config.lr_per_256, a longer "
+        "--config.warmup_epochs or another --config.init may help (in a new --workdir).",
+        file=sys.stderr,
+    )
+    return 1
