@@ -91,5 +91,5 @@ DATASETS: dict[str, Dataset] = {
 def get_dataset(name: str) -> Dataset:
     """The row of that name; raises `UsageError` with the nearest ones."""
     if name not in DATASETS:
-        raise unknown_name("config.data.name: data set", name, DATASETS)
+        raise unknown_name("config.data.name", name, DATASETS)
     return DATASETS[name]

@@ -20,7 +20,7 @@ def decode(encoded: bytes) -> np.ndarray:
       ValueError: the bytes are no image that OpenCV reads.
     """
     flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-    image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
+    image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags) if encoded else None
     if image is None:
         raise ValueError(f"{len(encoded)} bytes that are no readable image")
     return image

@@ -61,15 +61,16 @@ def open_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
     if directory is None and dataset.prepare is None:
         _prepare_digits(root)
         directory = _newest_version(root / name)
-    how = (dataset.prepare or "").replace("DIR", str(root))
+    how = dataset.prepare or ""
     if directory is None:
+        how = how.replace("DIR", str(root))
         raise UsageError(f"data set {name} is not prepared in {root}; run: {how}")
     builder = tfds.builder_from_directory(str(directory))
     formats = {file_format.value for file_format in builder.info.available_file_formats()}
     if "array_record" not in formats:
         raise UsageError(
             f"data set {name} in {directory} is stored as {'/'.join(sorted(formats))}, "
-            f"which cannot be read at random; for another --config.data.dir run: {how}"
+            f"which cannot be read at random; for another --config.data.dir=DIR run: {how}"
         )
     return builder
 

@@ -1,0 +1,61 @@
+"""What the README and the docs say is there, runs, and is so."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import resjax
+
+README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs" / "correctness.md"]
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_and_test_named_is_there(page):
+    text = page.read_text()
+    named = set(re.findall(r"\]\(([\w/.]+)\)|`([\w/]+\.(?:py|md|txt))[`:]", text))
+    for path in filter(None, (a or b for a, b in named)):
+        places = [ROOT / path, ROOT / "resjax" / path, ROOT / "resjax/models" / path]
+        assert any(place.exists() for place in places), path
+    for path, test in re.findall(r"`([\w/]+\.py)::(\w+)`", text):
+        assert f"def {test}(" in (ROOT / path).read_text()
+
+
+def test_parameter_counts_are_those_of_the_models():
+    rows = re.findall(r"`(\w+)` \| ([\d,]+) ", README)
+    assert {name for name, _ in rows} == set(resjax.list_models())
+    for name, count in rows:
+        model = resjax.create_model(name)
+        abstract = jax.eval_shape(lambda model=model: resjax.init(model, jax.random.key(0)))
+        leaves = jax.tree.leaves(abstract["params"])
+        assert sum(leaf.size for leaf in leaves) == int(count.replace(",", "")), name
+
+
+def test_the_ablation_recipe_runs():
+    scope = {}
+    exec(blocks("python")[0], scope)
+    assert scope["logits"].shape == (8, 10)
+    default, mine = scope["default"]["params"], scope["mine"]["params"]
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a / 2, b), default, mine)
+    assert not scope["zero_gamma"]["params"]["stage1"]["block1"]["norm_out"]["scale"].any()
+
+
+def test_the_training_commands_parse():
+    import sys
+
+    sys.path.insert(0, str(ROOT))
+    import train
+
+    commands = re.findall(r"python train\.py( --.*)?$", README, re.MULTILINE)
+    assert len(commands) >= 2
+    for flags in commands:
+        words = flags.replace("configs/", f"{ROOT}/configs/").split()
+        config, workdir = train.parse([w for w in words if w.startswith("--c")])
+        assert config.model in resjax.list_models() and workdir.startswith("runs/")
