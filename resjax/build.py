@@ -101,8 +101,17 @@ def epochs_to_steps(config: Config, epochs: float, num_examples: int) -> int:
 def build_schedule(
     config: Config, num_examples: int
 ) -> tuple[schedules.Schedule, dict[str, Any]]:
-    """The learning rate of every update, and the numbers it was derived from."""
+    """The learning rate of every update, and the numbers it was derived from.
+
+    Raises:
+      UsageError: a run of more examples than positions can count.
+    """
     to_steps = partial(epochs_to_steps, config, num_examples=num_examples)
+    if config.num_epochs * num_examples >= 2**31:  # positions are int32
+        raise UsageError(
+            f"config.num_epochs: {config.num_epochs:g} epochs of {num_examples:,} examples "
+            "are more than the 2**31 examples that a run can count"
+        )
     num_steps = max(to_steps(config.num_epochs), 1)
     peak = schedules.scale_learning_rate(config.lr_per_256, config.batch_size)
 

@@ -78,6 +78,18 @@ def test_evaluation_comes_after_the_last_step_and_every_so_often():
     assert run.class_names == list("0123456789")
 
 
-def test_an_unknown_optimizer_never_reaches_the_table():
-    tx = build.build_optimizer(Config(), lambda step: 0.1)
-    assert {field for field in tx._fields} == {"init", "update"}
+def test_a_run_too_long_to_count_its_examples_is_refused():
+    with pytest.raises(UsageError, match=r"config\.num_epochs: 1e\+12"):
+        derived_of(num_epochs=1e12)
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_the_optimizer_takes_its_numbers_from_the_config(nesterov):
+    config = dataclasses.replace(
+        Config(), momentum=0.5, nesterov=nesterov, weight_decay=0.25
+    )
+    tx = build.build_optimizer(config, lambda step: 0.1)
+    params = {"head": {"kernel": np.ones((1, 1), np.float32)}}
+    updates, _ = tx.update({"head": {"kernel": np.ones((1, 1))}}, tx.init(params), params)
+    expected = -0.1 * 1.25 * (1.5 if nesterov else 1)
+    np.testing.assert_allclose(updates["head"]["kernel"], [[expected]], rtol=1e-6)
