@@ -7,6 +7,7 @@ python eval.py --workdir=runs/imagenet_resnet50 --step=450000 --batch_size=500
 import json
 
 from resjax import config as configs
+from resjax import runs
 
 
 def main(args: list[str]) -> int:
@@ -22,8 +23,9 @@ def main(args: list[str]) -> int:
     flags = parser.parse_args(args)
     if flags.batch_size is not None and flags.batch_size < 1:
         raise configs.UsageError(f"--batch_size: {flags.batch_size} is not 1 or more")
-    from resjax import runs
-
+    for name in ("workdir", "data_dir"):
+        if getattr(flags, name) == "":
+            raise configs.UsageError(f"--{name}: '' is empty; give a folder")
     print(json.dumps(runs.evaluate(**vars(flags))))
     return 0
 

@@ -7,6 +7,7 @@ python train.py --config=configs/imagenet_resnet50.py --config.data.dir=/data/tf
 from pathlib import Path
 
 from resjax import config as configs
+from resjax import training
 
 HERE = Path(__file__).resolve().parent
 
@@ -30,6 +31,8 @@ def parse(args: list[str]) -> tuple[configs.Config, str]:
         help="where the run is written and resumed from (default: runs/NAME of the config)",
     )
     flags, words = parser.parse_known_args(args)
+    if flags.workdir == "":
+        raise configs.UsageError("--workdir: '' is empty; give a folder")
     config = configs.override(configs.load_config(flags.config), words)
     return config, flags.workdir or f"runs/{flags.config.stem}"
 
@@ -37,8 +40,6 @@ def parse(args: list[str]) -> tuple[configs.Config, str]:
 def main(args: list[str]) -> int:
     """Runs the command; returns its exit code."""
     config, workdir = parse(args)
-    from resjax import training
-
     return training.train(config, workdir)
 
 

@@ -1,7 +1,7 @@
-"""Config -> the parts of a run. The only reader of config fields, one `build_*` each.
+"""Config -> the parts of a run, one `build_*` each.
 
-Everything below takes plain arguments. Values that follow from several fields (peak
-learning rate, steps) are computed here, after all overrides.
+Below it nobody reads a config field: everything takes plain arguments. Values that follow
+from several fields (peak learning rate, steps) are computed here, after all overrides.
 """
 
 import dataclasses
@@ -20,6 +20,8 @@ from resjax.config import Config, ModelKwargs, UsageError, unknown_name
 from resjax.models.norm import BatchNorm
 from resjax.models.resnet import create_model
 from resjax.steps import Batch, TrainState
+
+_INT32 = 2**31  # steps and positions are int32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +95,27 @@ def check_devices(config: Config, num_devices: int) -> None:
         )
 
 
+def check_image_size(config: Config) -> None:
+    """Raises `UsageError` if images are too small for batch statistics of the last map."""
+    model = build_model(config)
+    size, group = config.data.image_size, config.norm.virtual_batch_size
+    shape = (group or config.batch_size, size, size, 3)
+    images = jax.ShapeDtypeStruct(shape, jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    try:
+        jax.eval_shape(
+            partial(model.apply, train=True, update_stats=False), variables, images
+        )
+    except ValueError as error:
+        raise UsageError(
+            f"config.data.image_size: {size} is too small for {config.model} with "
+            f"{shape[0]} examples sharing statistics: {error}"
+        ) from error
+
+
 def epochs_to_steps(config: Config, epochs: float, num_examples: int) -> int:
-    """The nearest whole number of updates."""
-    return round(epochs * num_examples / config.batch_size)
+    """The nearest whole number of updates, at most what an int32 holds."""
+    return min(round(epochs * num_examples / config.batch_size), _INT32 - 1)
 
 
 def build_schedule(
@@ -107,12 +127,12 @@ def build_schedule(
       UsageError: a run of more examples than positions can count.
     """
     to_steps = partial(epochs_to_steps, config, num_examples=num_examples)
-    if config.num_epochs * num_examples >= 2**31:  # positions are int32
-        raise UsageError(
-            f"config.num_epochs: {config.num_epochs:g} epochs of {num_examples:,} examples "
-            "are more than the 2**31 examples that a run can count"
-        )
     num_steps = max(to_steps(config.num_epochs), 1)
+    if num_steps * config.batch_size >= _INT32:
+        raise UsageError(
+            f"config.num_epochs: {config.num_epochs:g} epochs of {num_examples} examples, "
+            f"in minibatches of {config.batch_size}, are more than a run can count (2**31)"
+        )
     peak = schedules.scale_learning_rate(config.lr_per_256, config.batch_size)
 
     warmup = config.warmup
@@ -136,6 +156,24 @@ def build_schedule(
         "drop_steps": boundaries if config.schedule == "step" else [],
     }
     return after, derived
+
+
+def build_eval_steps(config: Config, num_examples: int, num_steps: int) -> frozenset[int]:
+    """The updates after which a run is evaluated; the last is one of them.
+
+    Raises:
+      UsageError: evaluations more often than updates.
+    """
+    every = config.eval_every_epochs
+    num_evals = int(config.num_epochs / every)
+    if num_evals > num_steps:
+        raise UsageError(
+            f"config.eval_every_epochs: {every:g} is less than one step, which is "
+            f"{config.batch_size / num_examples:.3g} epochs"
+        )
+    multiples = range(1, num_evals + 1)
+    steps = {epochs_to_steps(config, i * every, num_examples) for i in multiples}
+    return frozenset(steps - {0} | {num_steps})
 
 
 def build_optimizer(
@@ -199,8 +237,9 @@ def build_transforms(config: Config) -> tuple[steps.Transform, steps.Transform]:
 def build_preprocess(config: Config) -> Callable[[Any], np.ndarray]:
     """Images of any size, uint8 arrays or PIL -> [B, S, S, 3] float32, as in evaluation.
 
-    The function takes one image or a sequence of them, each [H, W, 3], [H, W] (grey) or
-    PIL, or an array [B, H, W, 3]; it raises `UsageError` for anything else.
+    The function takes an image or a sequence or array of images, each [H, W, 3], [H, W, 1],
+    [H, W] (grey) or PIL; it raises `UsageError` for anything else. An array [H, W, 3] or
+    [H, W, 1] is one image, any other [B, H, W] a batch of grey ones.
     """
     from resjax.data import augment
     from resjax.data.datasets import get_dataset
@@ -210,16 +249,21 @@ def build_preprocess(config: Config) -> Callable[[Any], np.ndarray]:
     def to_rgb(image: Any) -> np.ndarray:
         array = np.asarray(image.convert("RGB") if hasattr(image, "convert") else image)
         if array.ndim == 2:
-            array = np.stack([array] * 3, axis=-1)
-        if array.ndim != 3 or array.shape[-1] != 3 or array.dtype != np.uint8:
+            array = array[:, :, None]
+        if array.ndim == 3 and array.shape[-1] == 1:
+            array = np.repeat(array, 3, axis=-1)
+        right = array.ndim == 3 and array.shape[-1] == 3 and array.size > 0
+        if not right or array.dtype != np.uint8:
             raise UsageError(
                 f"image: {array.dtype} of shape {array.shape}; it must be uint8 and "
-                "[H, W, 3] or [H, W], or PIL"
+                "[H, W, 3], [H, W, 1] or [H, W], or PIL"
             )
         return array
 
     def preprocess(images: Any) -> np.ndarray:
-        single = hasattr(images, "convert") or getattr(images, "ndim", 0) in (2, 3)
+        shape: tuple[int, ...] = getattr(images, "shape", ())
+        one_array = len(shape) == 2 or (len(shape) == 3 and shape[-1] in (1, 3))
+        single = hasattr(images, "convert") or one_array
         images = [images] if single else images
         crops = [dataset.eval_crop(to_rgb(image), size) for image in images]
         if not crops:
@@ -264,6 +308,7 @@ def build_run(config: Config) -> Run:
     model = build_model(config, axis_name=parallel.AXIS)
     scheme = initializers.get_scheme(config.init)
     check_devices(config, jax.device_count())
+    check_image_size(config)
     source, class_names = build_source(config, "train")
     augment, _ = build_transforms(config)
     schedule, derived = build_schedule(config, len(source))
@@ -291,9 +336,6 @@ def build_run(config: Config) -> Run:
             )
         )
 
-    every = config.eval_every_epochs
-    evals = range(1, int(config.num_epochs / every) + 1)
-    eval_steps = {epochs_to_steps(config, i * every, len(source)) for i in evals}
     rates = jax.vmap(schedule)(jnp.arange(num_steps))
     return Run(
         init_state=init_state,
@@ -302,7 +344,7 @@ def build_run(config: Config) -> Run:
         train_batches=train_batches,
         eval_batches=eval_batches,
         num_steps=num_steps,
-        eval_steps=frozenset(eval_steps - {0} | {num_steps}),
+        eval_steps=build_eval_steps(config, len(source), num_steps),
         num_examples=len(source),
         learning_rates=np.asarray(rates),
         derived=derived,

@@ -1,8 +1,8 @@
 """Checkpoints of a run: orbax directories `checkpoints/<step>/` in the workdir.
 
 Each holds `variables` (params and batch_stats), `optimizer` (step and buffers) and
-`record` (JSON: the resolved config and what else opens it without the training code's
-data), so that a reader of the variables needs to know nothing of the optimizer.
+`record` (JSON: the resolved config, what was derived from it, class names). Who wants the
+variables needs to know nothing of the optimizer or the data.
 """
 
 import contextlib
@@ -26,9 +26,12 @@ def open_checkpoints(
 
     Args:
       workdir: of the run; `checkpoints/` is made in it at the first save.
-      keep: how many of the latest are kept; None = all.
+      keep: how many of the latest are kept; None = opened only to read.
     """
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=keep is not None)
+    writes = keep is not None
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep, create=writes, cleanup_tmp_directories=writes
+    )
     with ocp.CheckpointManager(
         (workdir / "checkpoints").resolve(),
         options=options,
@@ -85,9 +88,8 @@ def pick_step(manager: ocp.CheckpointManager, step: int | None) -> int:
 
 
 def restore_record(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    """The JSON record of a checkpoint."""
-    args = ocp.args.Composite(record=ocp.args.JsonRestore())
-    return manager.restore(step, args=args)["record"]
+    """The JSON record of a checkpoint; raises `UsageError` if it cannot be read."""
+    return _restore(manager, step, record=ocp.args.JsonRestore())["record"]
 
 
 def restore_arrays(manager: ocp.CheckpointManager, step: int, **like: Any) -> Any:
@@ -100,9 +102,24 @@ def restore_arrays(manager: ocp.CheckpointManager, step: int, **like: Any) -> An
 
     Returns:
       {name: tree of arrays}.
+
+    Raises:
+      UsageError: the checkpoint cannot be read, or does not fit `like`.
     """
     args = {name: ocp.args.StandardRestore(tree) for name, tree in like.items()}
-    return manager.restore(step, args=ocp.args.Composite(**args))
+    return _restore(manager, step, **args)
+
+
+def _restore(manager: ocp.CheckpointManager, step: int, **args: Any) -> Any:
+    try:
+        return manager.restore(step, args=ocp.args.Composite(**args))
+    except Exception as error:  # of many kinds: missing, cut off or foreign files
+        others = sorted(set(manager.all_steps()) - {step})
+        text = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"the checkpoint of step {step} in {manager.directory} cannot be read "
+            f"({type(error).__name__}: {text}); other steps there: {others}"
+        ) from error
 
 
 def abstract(tree: Any, sharding: Sharding) -> Any:

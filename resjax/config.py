@@ -181,7 +181,7 @@ def _from_text(text: str, kind: Any) -> Any:
         return words[text.lower()]
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text  # fits no field that is not text, and so is named in the error
 
 
@@ -200,42 +200,45 @@ def flatten(config: Config) -> dict[str, Any]:
     """The config as {dotted name: value}."""
     flat = {}
     for name in fields():
-        value: Any = config
-        for part in name.split("."):
-            value = getattr(value, part)
-        flat[name] = value
+        section, _, leaf = name.rpartition(".")
+        owner = getattr(config, section) if section else config
+        if not hasattr(owner, leaf):
+            raise UsageError(f"config.{section}: {owner!r} has no field {leaf!r}")
+        flat[name] = getattr(owner, leaf)
     return flat
 
 
-def unflatten(values: dict[str, Any], cls: type = Config) -> Any:
+def unflatten(values: dict[str, Any]) -> Config:
     """A validated config from {dotted name: value}; what is missing takes its default.
 
     Raises:
       UsageError: an unknown name, a value of a wrong type or outside its range.
     """
     own, nested = {}, {}
-    known = fields(cls)
+    known = fields()
     for name, value in values.items():
         if name not in known:
             raise unknown_name("config", name, known)
         field = known[name]
         try:
             value = _fit(value, field.type)
-        except TypeError:
+        except (TypeError, OverflowError):
             allowed = _describe(field.type)
             raise UsageError(f"config.{name}: {value!r} is not {allowed}") from None
+        if value == "":
+            raise UsageError(f"config.{name}: '' is empty; leave it out for the default")
         numbers = value if isinstance(value, tuple) else (value,)
         check = field.metadata.get("check")
         if check and not all(n is None or check(n) for n in numbers):
             allowed = field.metadata["allowed"]
             raise UsageError(f"config.{name}: {value!r} is not {allowed}")
         own[name] = value
-    for field in dataclasses.fields(cls):
+    for field in dataclasses.fields(Config):
         if dataclasses.is_dataclass(field.type):
             start = f"{field.name}."
             inner = {n[len(start) :]: own.pop(n) for n in list(own) if n.startswith(start)}
             nested[field.name] = typing.cast(type, field.type)(**inner)
-    return cls(**own, **nested)
+    return Config(**own, **nested)
 
 
 def validate(config: Config) -> Config:
@@ -263,6 +266,8 @@ def from_dict(nested: dict[str, Any]) -> Config:
     Raises:
       UsageError: an unknown name, a value of a wrong type or outside its range.
     """
+    if not isinstance(nested, dict):
+        raise UsageError(f"config: {nested!r} is no set of fields")
     flat: dict[str, Any] = {}
     for name, value in nested.items():
         if isinstance(value, dict):
@@ -353,6 +358,9 @@ def run_command(main: Callable[[list[str]], int]) -> NoReturn:
     try:
         sys.exit(main(sys.argv[1:]))
     except UsageError as error:
-        command = Path(sys.argv[0]).name
-        print(f"{command}: error: {error}", file=sys.stderr)
+        line = " ".join(str(error).split())  # a path may hold a line break
+        print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        sys.exit(130)

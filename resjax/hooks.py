@@ -89,22 +89,22 @@ class TrainLog:
                 self._write(step)
 
     def _write(self, step: int) -> None:
-        means = summarize(self._window)
-        means["num_examples"] = self._timed_steps * self.images_per_step
-        self.latest = self.record(step, "train", means, self._seconds)
+        images = self._timed_steps * self.images_per_step
+        speed = images / max(self._seconds, 1e-9)
+        self.latest = self.record(step, "train", summarize(self._window), speed)
         self._window, self._seconds, self._timed_steps = [], 0.0, 0
         self.write(self.latest)
 
     def record(
-        self, step: int, split: str, means: dict[str, float], seconds: float
+        self, step: int, split: str, means: dict[str, float], images_per_second: float
     ) -> Record:
         """A line of `metrics.jsonl`.
 
         Args:
           step: updates finished.
           split: "train" or "test".
-          means: from `summarize`; its num_examples took `seconds`.
-          seconds: of wall time.
+          means: from `summarize`.
+          images_per_second: by the wall clock.
         """
         return {
             "step": step,
@@ -112,7 +112,7 @@ class TrainLog:
             "split": split,
             **{name: means[name] for name in ("loss", "top1", "top5")},
             "lr": float(self.learning_rates[step - 1]),
-            "images_per_second": round(means["num_examples"] / max(seconds, 1e-9), 1),
+            "images_per_second": round(images_per_second, 1),
         }
 
 

@@ -56,9 +56,14 @@ def run_on_devices(step: Callable, runner: str, donate_state: bool = False) -> C
     return RUNNERS[runner](step, (0,) if donate_state else ())
 
 
+def replicated() -> NamedSharding:
+    """The sharding of the state: one copy on every device."""
+    return NamedSharding(_mesh(), P())
+
+
 def replicate(tree: Any) -> Any:
     """The arrays of `tree`, one copy on every device."""
-    return jax.device_put(tree, NamedSharding(_mesh(), P()))
+    return jax.device_put(tree, replicated())
 
 
 def shard(batch: Any) -> Any:

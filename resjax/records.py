@@ -9,6 +9,8 @@ from typing import Any
 from etils import epath
 from tqdm import tqdm
 
+from resjax.config import UsageError
+
 Record = dict[str, Any]
 
 
@@ -26,10 +28,17 @@ def write_json(path: epath.Path, value: Any) -> None:
 
 
 def read_metrics(workdir: epath.Path) -> list[Record]:
-    """The records of `metrics.jsonl`, without a last line that was cut off."""
+    """The records of `metrics.jsonl`, without a last line that was cut off.
+
+    Raises:
+      UsageError: a damaged line.
+    """
     path = workdir / "metrics.jsonl"
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise UsageError(f"{path} is damaged: {error}") from error
 
 
 @contextlib.contextmanager

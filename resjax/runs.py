@@ -3,6 +3,7 @@
 The door of the library: `resjax.restore` is here, and what eval.py calls.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -37,14 +38,14 @@ def evaluate(
 
     Returns:
       {"top1", "top5" (percent), "loss" (nats), "num_examples", "step", "split", "model",
-      "data"}, also written to `eval_<split>_<step>.json` in the workdir.
+      "data"}, also written to `eval_<split>_<step>.json` if the workdir can be written.
 
     Raises:
       UsageError: no such checkpoint, split or data.
     """
     from resjax import checkpoint
 
-    workdir = epath.Path(workdir)
+    workdir = epath.Path(workdir).expanduser()
     check_is_run(workdir)
     with checkpoint.open_checkpoints(workdir) as checkpoints:
         step = checkpoint.pick_step(checkpoints, step)
@@ -64,8 +65,12 @@ def evaluate(
         "model": config.model,
         "data": config.data.name,
     }
-    records.write_json(workdir / f"eval_{split}_{step}.json", result)
+    with contextlib.suppress(OSError):  # a run may be kept where nobody can write
+        records.write_json(workdir / f"eval_{split}_{step}.json", result)
     return result
+
+
+_CHUNK = 64  # images of one forward pass of `predict`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +107,8 @@ def check_is_run(workdir: epath.Path) -> None:
         )
         raise UsageError(f"there is no directory {workdir}; beside it there are {near}")
     if not (workdir / "checkpoints").is_dir():
-        there = sorted(p.name for p in workdir.iterdir())
-        raise UsageError(f"{workdir} has no checkpoints; there are {there}")
+        there = sorted(path.name for path in workdir.iterdir())
+        raise UsageError(f"{workdir} has no checkpoints; it holds {there[:10]}")
 
 
 def _restore_variables(checkpoints: Any, step: int, model: nn.Module) -> dict[str, Any]:
@@ -132,7 +137,7 @@ def restore(workdir: str | epath.Path, step: int | None = None) -> Restored:
     """
     from resjax import checkpoint
 
-    workdir = epath.Path(workdir)
+    workdir = epath.Path(workdir).expanduser()
     check_is_run(workdir)
     with checkpoint.open_checkpoints(workdir) as checkpoints:
         step = checkpoint.pick_step(checkpoints, step)
@@ -150,15 +155,14 @@ def restore(workdir: str | epath.Path, step: int | None = None) -> Restored:
     def predict(images: Any) -> np.ndarray:
         if not _is_preprocessed(images):
             images = preprocess(images)
+        if not len(images):
+            raise UsageError("image: an empty array; give at least one image")
         chunks = [images[i : i + _CHUNK] for i in range(0, len(images), _CHUNK)]
         return np.concatenate([np.asarray(softmax(variables, chunk)) for chunk in chunks])
 
     return Restored(
         model, variables, config, step, record["class_names"], preprocess, predict
     )
-
-
-_CHUNK = 64  # images of one forward pass of `predict`
 
 
 def _is_preprocessed(images: Any) -> bool:

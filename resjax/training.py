@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import sys
 import time
 from typing import Any
@@ -10,21 +11,81 @@ from typing import Any
 import jax
 from etils import epath
 
-from resjax import build, hooks, loop, records
+from resjax import build, checkpoint, hooks, loop, parallel, records
 from resjax import config as configs
 from resjax.config import Config, UsageError
 from resjax.steps import TrainState
 
 
-def check_same_run(workdir: epath.Path, config: Config) -> None:
-    """Raises `UsageError` if the workdir holds a run of another config."""
+def train(config: Config, workdir: str | epath.Path) -> int:
+    """Trains the run of a config in a workdir, from where its last checkpoint stands.
+
+    Args:
+      config: of the run.
+      workdir: folder of the run, made if need be.
+
+    Returns:
+      0 when the run is finished, 128 + n after it was stopped by signal n and saved, 1 if
+      it could not go on.
+
+    Raises:
+      UsageError: something in the config, data or workdir does not fit; nothing was
+        written.
+    """
+    config = configs.validate(config)
+    workdir = epath.Path(workdir).expanduser()
+    latest, num_steps = check_workdir(workdir, config)
+    if latest is not None and latest == num_steps:
+        records.say(
+            f"{workdir} is finished: step {latest} of {num_steps}; "
+            "for another run choose another --workdir"
+        )
+        return 0
+    run = build.build_run(config)
+    make_workdir(workdir)
+    with checkpoint.open_checkpoints(workdir, config.checkpoint.keep) as checkpoints:
+        if latest is None:
+            state = run.init_state()
+        else:
+            shapes = jax.eval_shape(run.init_state)
+            like = checkpoint.abstract(shapes, parallel.replicated())
+            items = checkpoint.restore_arrays(
+                checkpoints, latest, variables=like.variables, optimizer=like.optimizer
+            )
+            state = TrainState(**items["variables"], **items["optimizer"])
+        records.write_json(workdir / "config.json", dataclasses.asdict(config))
+        introduce(config, run, workdir, latest)
+        return _fit(config, run, workdir, state, checkpoints)
+
+
+def check_workdir(workdir: epath.Path, config: Config) -> tuple[int | None, int | None]:
+    """The last step saved in a workdir and the number of steps of its run, None if none.
+
+    Raises:
+      UsageError: the workdir holds a run of another config, or records of something else.
+    """
     path = workdir / "config.json"
-    if not path.exists():
-        return
-    try:
-        stored = configs.from_dict(json.loads(path.read_text()))
-    except ValueError as error:  # also a UsageError: a field of another version
-        raise UsageError(f"{path} is no config of this version: {error}") from error
+    if path.exists():
+        try:
+            stored = configs.from_dict(json.loads(path.read_text()))
+        except ValueError as error:  # also a UsageError: a field of another version
+            raise UsageError(f"{path} is no config of this version: {error}") from error
+        _check_same(workdir, stored, config)
+    elif (workdir / "metrics.jsonl").exists():
+        raise UsageError(f"--workdir: {workdir} holds metrics.jsonl of something else")
+    records.read_metrics(workdir)  # a damaged file is found before anything is done
+    if not (workdir / "checkpoints").is_dir():
+        return None, None
+    with checkpoint.open_checkpoints(workdir) as checkpoints:
+        latest = checkpoints.latest_step()
+        if latest is None:
+            return None, None
+        record = checkpoint.restore_record(checkpoints, latest)
+    _check_same(workdir, configs.from_dict(record["config"]), config)
+    return latest, record["derived"]["num_steps"]
+
+
+def _check_same(workdir: epath.Path, stored: Config, config: Config) -> None:
     different = configs.differences(stored, config)
     if different:
         raise UsageError(
@@ -42,47 +103,6 @@ def make_workdir(workdir: epath.Path) -> None:
         probe.unlink()
     except OSError as error:
         raise UsageError(f"--workdir: {workdir} cannot be written: {error}") from error
-
-
-def train(config: Config, workdir: str | epath.Path) -> int:
-    """Trains the run of a config in a workdir, from where its last checkpoint stands.
-
-    Args:
-      config: of the run.
-      workdir: folder of the run, made if need be.
-
-    Returns:
-      0 when the run is finished, 128 + n after it was stopped by signal n and saved.
-
-    Raises:
-      UsageError: something in the config, data or workdir does not fit; nothing was
-        written.
-    """
-    config = configs.validate(config)
-    workdir = epath.Path(workdir)
-    check_same_run(workdir, config)
-    from resjax import checkpoint
-
-    run = build.build_run(config)
-    make_workdir(workdir)
-    with checkpoint.open_checkpoints(workdir, config.checkpoint.keep) as checkpoints:
-        latest = checkpoints.latest_step()
-        if latest == run.num_steps:
-            records.say(
-                f"{workdir} is finished: step {latest} of {run.num_steps}; "
-                "for another run choose another --workdir"
-            )
-            return 0
-        state = run.init_state()
-        if latest is not None:
-            like = checkpoint.abstract(state, state.step.sharding)
-            items = checkpoint.restore_arrays(
-                checkpoints, latest, variables=like.variables, optimizer=like.optimizer
-            )
-            state = TrainState(**items["variables"], **items["optimizer"])
-        records.write_json(workdir / "config.json", dataclasses.asdict(config))
-        introduce(config, run, workdir, latest)
-        return _fit(config, run, workdir, state, checkpoints)
 
 
 def introduce(config: Config, run: build.Run, workdir: epath.Path, latest: Any) -> None:
@@ -113,8 +133,6 @@ def _fit(
     checkpoints: Any,
 ) -> int:
     """`loop.fit` with the hooks of a run around it; returns the exit code."""
-    from resjax import checkpoint
-
     start_step, started = int(state.step), time.perf_counter()
     record = {
         "config": dataclasses.asdict(config),
@@ -122,8 +140,8 @@ def _fit(
         "class_names": run.class_names,
     }
     with contextlib.ExitStack() as stack:
-        write = stack.enter_context(records.open_metrics(workdir, start_step))
         received = stack.enter_context(hooks.stop_signals())
+        write = stack.enter_context(records.open_metrics(workdir, start_step))
         images, done = (n * config.batch_size for n in (run.num_steps, start_step))
         bar = stack.enter_context(hooks.progress_bar(images, done, "training"))
         log = hooks.TrainLog(
@@ -137,7 +155,10 @@ def _fit(
         def evaluate(step: int, state: TrainState) -> None:
             before = time.perf_counter()
             means = loop.evaluate(run.eval_step, state.variables, run.eval_batches())
-            test = log.record(step, "test", means, time.perf_counter() - before)
+            if not math.isfinite(means["loss"]):
+                raise FloatingPointError(f"the test loss is {means['loss']} at step {step}")
+            speed = means["num_examples"] / (time.perf_counter() - before)
+            test = log.record(step, "test", means, speed)
             write(test)
             records.plot_curves(workdir, f"{config.model} on {config.data.name}")
             report(run.num_steps, log.latest, test)
@@ -167,8 +188,9 @@ def _fit(
             if step != checkpoints.latest_step():  # stopped by a signal between two saves
                 with log.paused():
                     save(step, state)
-        except FloatingPointError as error:
-            return _diverged(error, checkpoints)
+            checkpoints.wait_until_finished()
+        except (FloatingPointError, OSError, ValueError) as error:
+            return _failed(error, checkpoints)
     if step < run.num_steps:
         records.say(f"stopped by signal {received[0]}; step {step} is saved")
         return 128 + received[0]
@@ -187,13 +209,18 @@ def report(num_steps: int, train: records.Record, test: records.Record) -> None:
     records.say((line + speed).rstrip())
 
 
-def _diverged(error: FloatingPointError, checkpoints: Any) -> int:
-    checkpoints.wait_until_finished()
+def _failed(error: Exception, checkpoints: Any) -> int:
+    """Says in one line why training stopped and what is kept; returns the exit code."""
+    with contextlib.suppress(Exception):  # a save that fails is the error itself
+        checkpoints.wait_until_finished()
+    checkpoints.reload()
     latest = checkpoints.latest_step()
     kept = f"the checkpoint of step {latest} is kept" if latest else "nothing was saved yet"
-    print(
-        f"training stopped: {error}; {kept}. A lower --config.lr_per_256, a longer "
-        "--config.warmup_epochs or another --config.init may help (in a new --workdir).",
-        file=sys.stderr,
-    )
+    line = f"training stopped: {' '.join(str(error).split())[:300]}; {kept}"
+    if isinstance(error, FloatingPointError):
+        line += (
+            "; a lower --config.lr_per_256, a longer --config.warmup_epochs or another "
+            "--config.init may help (in a new --workdir)"
+        )
+    print(line, file=sys.stderr)
     return 1

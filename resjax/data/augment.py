@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+_AUGMENT = 1  # apart from the keys of the parameters, which are folded from paths
+
 
 def normalize(images: ArrayLike, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
     """(x / 255 - mean) / std per channel.
@@ -27,7 +29,8 @@ def normalize(images: ArrayLike, mean: Sequence[float], std: Sequence[float]) ->
 
 def example_keys(seed: int, positions: jax.Array) -> jax.Array:
     """One random key an example, from the seed and its position [B] in the stream."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), positions)
+    domain = jax.random.fold_in(jax.random.key(seed), _AUGMENT)
+    return jax.vmap(jax.random.fold_in, (None, 0))(domain, positions)
 
 
 def random_flip(keys: jax.Array, images: jax.Array) -> jax.Array:

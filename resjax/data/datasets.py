@@ -23,7 +23,8 @@ class Dataset:
       splits: our split name -> its name in tfds.
       mean: per channel, of pixels from 0 to 1.
       std: per channel.
-      train_crop: decoded [H, W, 3] uint8, size and a random stream -> [size, size, 3].
+      train_crop: decoded [H, W, 3] uint8, size and a random stream -> [size, size, 3];
+        None = as `eval_crop`.
       eval_crop: decoded [H, W, 3] uint8 and size -> [size, size, 3].
       flip: mirror half of the training images, on the device.
       shift: shift training images by up to this share of their side, on the device.
@@ -33,7 +34,7 @@ class Dataset:
     splits: dict[str, str]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    train_crop: TrainCrop
+    train_crop: TrainCrop | None
     eval_crop: EvalCrop
     flip: bool
     shift: float
@@ -48,16 +49,12 @@ def _prepare_command(name: str) -> str:
     )
 
 
-def _whole(image: np.ndarray, size: int, _: np.random.RandomState) -> np.ndarray:
-    return decode.whole(image, size)
-
-
 DATASETS: dict[str, Dataset] = {
     "digits": Dataset(
         splits={"train": "train", "test": "test"},
         mean=(0.305,) * 3,
         std=(0.376,) * 3,
-        train_crop=_whole,
+        train_crop=None,
         eval_crop=decode.whole,
         flip=False,
         shift=1 / 8,
@@ -68,7 +65,7 @@ DATASETS: dict[str, Dataset] = {
         splits={"train": "train", "test": "test"},
         mean=(125.3 / 255, 123.0 / 255, 113.9 / 255),
         std=(63.0 / 255, 62.1 / 255, 66.7 / 255),
-        train_crop=_whole,
+        train_crop=None,
         eval_crop=decode.whole,
         flip=True,
         shift=1 / 8,
@@ -83,7 +80,8 @@ DATASETS: dict[str, Dataset] = {
         eval_crop=decode.center_crop,
         flip=True,
         shift=0.0,
-        prepare=_prepare_command("imagenet2012"),
+        prepare="put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar into "
+        "DIR/downloads/manual && " + _prepare_command("imagenet2012"),
     ),
 }
 

@@ -8,8 +8,6 @@ import math
 import cv2
 import numpy as np
 
-cv2.setNumThreads(0)  # parallelism is over images
-
 
 def decode(encoded: bytes) -> np.ndarray:
     """Encoded image (JPEG, PNG, ...) to [H, W, 3] uint8 RGB; grey becomes three channels.

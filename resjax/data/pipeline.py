@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import cv2
 import grain
 import numpy as np
 
@@ -33,11 +34,15 @@ def _batches(
     load: Load, start: int, stop: int, local_size: int, num_threads: int
 ) -> Iterator[HostBatch]:
     """Batches `start` to `stop`; load(i) makes the host's i-th example of the stream."""
-    num_threads = num_threads or os.cpu_count() or 1
+    cv2.setNumThreads(0)  # parallelism is over images
+    if not num_threads:
+        mine = getattr(os, "sched_getaffinity", None)  # where the system has it
+        num_threads = len(mine(0)) if mine else os.cpu_count() or 1
     examples = grain.MapDataset.range(start * local_size, stop * local_size).map(load)
-    # Grain's threads work on whole batches; each holds one more batch in memory.
-    options = grain.ReadOptions(num_threads, prefetch_buffer_size=num_threads + 1)
-    return iter(examples.batch(local_size).to_iter_dataset(options))
+    # One more batch is decoded while one is taken.
+    ahead = max(local_size, num_threads)
+    options = grain.ReadOptions(num_threads, prefetch_buffer_size=ahead)
+    return iter(examples.to_iter_dataset(options).batch(local_size))
 
 
 def train_batches(
@@ -74,9 +79,13 @@ def train_batches(
         position = step * batch_size + host * local_size + offset
         index = order.example_index(seed, position, len(source))
         image, label = _decode_example(source, index)
-        rng = order.augmentation_rng(seed, position)
+        if dataset.train_crop is None:
+            image = dataset.eval_crop(image, image_size)
+        else:
+            rng = order.augmentation_rng(seed, position)
+            image = dataset.train_crop(image, image_size, rng)
         return {
-            "image": dataset.train_crop(image, image_size, rng),
+            "image": image,
             "label": np.int32(label),
             "position": np.int32(position),
         }
@@ -108,6 +117,7 @@ def eval_batches(
       host: index of this host.
       num_hosts: number of hosts, which divides `num_shards`.
     """
+    batch_size = min(batch_size, len(source))
     num_batches = -(-len(source) // batch_size)
     padded_size = -(-batch_size // num_shards) * num_shards
     local_size = padded_size // num_hosts

@@ -25,12 +25,13 @@ def _prepare_digits(data_dir: epath.Path) -> None:
             builder = Digits(data_dir=str(data_dir), file_format="array_record")
             builder.download_and_prepare()
     except OSError as error:
-        raise UsageError(f"config.data.dir: {data_dir}: {error}") from error
+        if _newest_version(data_dir / "digits") is None:  # else another process was first
+            raise UsageError(f"config.data.dir: {data_dir}: {error}") from error
 
 
 def _newest_version(directory: epath.Path) -> epath.Path | None:
     """The folder of the newest prepared version of a data set, tfds' NAME/VERSION."""
-    if not directory.exists():
+    if not directory.is_dir():
         return None
     versions = {}
     for path in directory.iterdir():
@@ -61,11 +62,14 @@ def open_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
     if directory is None and dataset.prepare is None:
         _prepare_digits(root)
         directory = _newest_version(root / name)
-    how = dataset.prepare or ""
+    how = dataset.prepare or "python train.py"
     if directory is None:
         how = how.replace("DIR", str(root))
         raise UsageError(f"data set {name} is not prepared in {root}; run: {how}")
-    builder = tfds.builder_from_directory(str(directory))
+    try:
+        builder = tfds.builder_from_directory(str(directory))
+    except Exception as error:  # of many kinds: damaged JSON, missing files
+        raise UsageError(f"data set in {directory} cannot be read: {error}") from error
     formats = {file_format.value for file_format in builder.info.available_file_formats()}
     if "array_record" not in formats:
         raise UsageError(
@@ -84,9 +88,15 @@ def open_source(builder: tfds.core.DatasetBuilder, split: str) -> Sequence[dict[
     """Examples by index: {"image": encoded bytes, "label": int, ...}.
 
     Raises:
-      UsageError: the data set has no such split.
+      UsageError: the data set has no such split, or its first example cannot be read.
     """
     if split not in builder.info.splits:
         raise unknown_name("split", split, builder.info.splits)
     decoders = {"image": tfds.decode.SkipDecoding()}
-    return builder.as_data_source(split, decoders=decoders)
+    try:
+        source = builder.as_data_source(split, decoders=decoders)
+        source[0]
+    except Exception as error:  # of many kinds: missing or cut off shards
+        where = f"split {split!r} of the data set in {builder.data_dir}"
+        raise UsageError(f"{where} cannot be read: {error}") from error
+    return source

@@ -7,7 +7,7 @@ last norm of every branch; the names are public (parameter paths).
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +71,6 @@ class BasicBlock(nn.Module):
     shortcut: str
     conv: Layer
     norm: Layer
-    expansion: ClassVar[int] = 1
 
     @nn.compact
     def __call__(
@@ -102,7 +101,6 @@ class BottleneckBlock(nn.Module):
     shortcut: str
     conv: Layer
     norm: Layer
-    expansion: ClassVar[int] = 4
 
     @nn.compact
     def __call__(
@@ -110,7 +108,7 @@ class BottleneckBlock(nn.Module):
     ) -> jax.Array:
         """[B, H, W, C] -> [B, H / strides, W / strides, 4 * width]."""
         norm = _bind_norm(self.norm, train, update_stats)
-        features = self.width * self.expansion
+        features = 4 * self.width
         y = self.conv(self.width, 1, name="conv1")(x)
         y = nn.relu(norm("norm1")(y))
         y = self.conv(self.width, 3, self.strides, name="conv2")(y)

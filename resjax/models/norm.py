@@ -3,6 +3,8 @@
 Knows nothing of devices but the name of the axis that joins them.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -85,7 +87,7 @@ class BatchNorm(nn.Module):
     def _moments(self, x: jax.Array) -> tuple[jax.Array, jax.Array, int]:
         """Mean and biased variance of each group of [G, n, ..., C], and their count."""
         axes = tuple(range(1, x.ndim - 1))
-        count = x[0, ..., 0].size
+        count = math.prod(x.shape[1:-1])
         joined = self.axis_name is not None and not self.virtual_batch_size
 
         def average(values: jax.Array) -> jax.Array:

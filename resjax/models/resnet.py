@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import lax
 
 from resjax import initializers
 from resjax.config import UsageError, unknown_name
@@ -128,7 +129,12 @@ class ResNet(nn.Module):
             strides = 1 if i == 0 else 2
             x = Stage(size, strides, block, name=f"stage{i + 1}")(x, **flags)
         x = x.astype(jnp.float32).mean(axis=(1, 2))  # [B, D]
-        head = nn.Dense(self.num_classes, kernel_init=initializers.CLASSIFIER, name="head")
+        head = nn.Dense(
+            self.num_classes,
+            precision=lax.Precision.HIGHEST,  # float32 also where products default to less
+            kernel_init=initializers.CLASSIFIER,
+            name="head",
+        )
         return head(x)  # [B, num_classes]
 
 
