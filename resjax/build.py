@@ -238,8 +238,8 @@ def build_preprocess(config: Config) -> Callable[[Any], np.ndarray]:
     """Images of any size, uint8 arrays or PIL -> [B, S, S, 3] float32, as in evaluation.
 
     The function takes an image or a sequence or array of images, each [H, W, 3], [H, W, 1],
-    [H, W] (grey) or PIL; it raises `UsageError` for anything else. An array [H, W, 3] or
-    [H, W, 1] is one image, any other [B, H, W] a batch of grey ones.
+    [H, W] (grey) or PIL; it raises `UsageError` for anything else. An array of three axes
+    is one image if the last holds at most 4 channels, else a batch [B, H, W] of grey ones.
     """
     from resjax.data import augment
     from resjax.data.datasets import get_dataset
@@ -262,7 +262,7 @@ def build_preprocess(config: Config) -> Callable[[Any], np.ndarray]:
 
     def preprocess(images: Any) -> np.ndarray:
         shape: tuple[int, ...] = getattr(images, "shape", ())
-        one_array = len(shape) == 2 or (len(shape) == 3 and shape[-1] in (1, 3))
+        one_array = len(shape) == 2 or (len(shape) == 3 and shape[-1] <= 4)
         single = hasattr(images, "convert") or one_array
         images = [images] if single else images
         crops = [dataset.eval_crop(to_rgb(image), size) for image in images]

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 _FORCED = "--xla_force_host_platform_device_count"
@@ -11,6 +12,29 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{_FORCED}=8"  # before the first import of jax
 
 import pytest  # noqa: E402
+
+_TINY = """
+from functools import partial
+
+from resjax.config import Config
+from resjax.models.blocks import BasicBlock
+from resjax.models.resnet import MODELS, ResNet
+
+MODELS["tiny"] = partial(
+    ResNet, (1,), BasicBlock, width=8, downsample=False, shortcut="A"
+)
+
+
+def get_config():
+    return Config(
+        model="tiny",
+        batch_size=16,
+        warmup="none",
+        num_epochs=0.557,  # 50 steps
+        eval_every_epochs=99,  # only at the end
+        log_every_steps=1,
+    )
+"""
 
 
 @pytest.fixture(scope="session")
@@ -24,22 +48,82 @@ def _use_data_dir(data_dir, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(data_dir))
 
 
-@pytest.fixture
-def command(data_dir, tmp_path):
-    """command("train.py", "--flag=...", devices=4) -> the finished process, its text kept.
+@pytest.fixture(scope="session", autouse=True)
+def compiled(tmp_path_factory):
+    """Settings of jax: what one process or test compiled is not compiled again."""
+    import jax
 
-    Runs in an empty folder, as a user would, with the interpreter of the tests.
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    return settings
+
+
+@pytest.fixture(scope="session")
+def spawn(data_dir, compiled, tmp_path_factory):
+    """spawn("train.py", "--flag=...", devices=4) -> the process, running.
+
+    It runs in a folder of its own, as a user would, with the interpreter of the tests.
     """
 
-    def run(script, *flags, devices=1, **kwargs):
-        environment = {**os.environ, "XLA_FLAGS": f"{_FORCED}={devices}"}
-        return subprocess.run(
+    def start(script, *flags, devices=1, cwd=None):
+        environment = {
+            **os.environ,
+            "XLA_FLAGS": f"{_FORCED}={devices}",
+            "TFDS_DATA_DIR": str(data_dir),
+            **{name.upper(): str(value) for name, value in compiled.items()},
+        }
+        return subprocess.Popen(
             [sys.executable, str(ROOT / script), *map(str, flags)],
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            cwd=tmp_path,
+            cwd=cwd or tmp_path_factory.mktemp("cwd"),
             env=environment,
-            **kwargs,
         )
 
+    return start
+
+
+@pytest.fixture(scope="session")
+def command(spawn):
+    """command("train.py", "--flag=...", devices=4) -> the process, finished."""
+
+    def run(script, *flags, **kwargs):
+        with spawn(script, *flags, **kwargs) as process:
+            out, err = process.communicate()
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
     return run
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tmp_path_factory):
+    """A config file that adds a four-layer model: for properties of runs, not of models."""
+    path = tmp_path_factory.mktemp("configs") / "tiny.py"
+    path.write_text(_TINY)
+    return path
+
+
+@pytest.fixture(scope="session")
+def digits_run(command, tmp_path_factory):
+    """ResNet-20 after 22 steps on digits and four devices: .workdir .flags .done.
+
+    Shared: read it, and copy the workdir to write in it.
+    """
+    workdir = tmp_path_factory.mktemp("runs") / "digits"
+    flags = (
+        f"--workdir={workdir}",
+        "--config.num_epochs=2",
+        "--config.warmup_epochs=0.5",
+        "--config.eval_every_epochs=1",
+        "--config.log_every_steps=1",
+        "--config.checkpoint.every_steps=10",
+        "--config.checkpoint.keep=3",
+    )
+    done = command("train.py", *flags, devices=4)
+    return SimpleNamespace(workdir=workdir, flags=flags, done=done)

@@ -71,7 +71,7 @@ def written_out_update(model, batch, groups=1):
         log_p = jax.nn.log_softmax(jnp.concatenate(logits))
         return -log_p[np.arange(BATCH), batch["label"]].mean()
 
-    loss, grads = jax.value_and_grad(loss_fn)(variables["params"])
+    loss, grads = jax.jit(jax.value_and_grad(loss_fn))(variables["params"])
     decay = jax.tree.map(lambda is_on: DECAY * is_on, optim.decay_mask(grads))
     params = jax.tree.map(
         lambda w, g, d: w - RATE * 1.9 * (g + d * w), variables["params"], grads, decay

@@ -103,7 +103,7 @@ def with_zero_gamma(variables):
 @pytest.mark.parametrize("kind", "AB")
 @pytest.mark.parametrize("block", BLOCKS)
 def test_zero_gamma_makes_an_identity_shortcut_block_the_relu_of_its_input(block, kind):
-    channels = WIDTH * block.expansion
+    channels = WIDTH * {BasicBlock: 1, BottleneckBlock: 4}[block]
     module, variables, x = make_block(block, channels, shortcut=kind)
     for flags in ({}, {"train": True, "update_stats": False}):
         y = module.apply(with_zero_gamma(variables), x, **flags)

@@ -1,0 +1,102 @@
+"""eval.py: each example once, whatever the minibatch and the devices."""
+
+import json
+import runpy
+import shutil
+import sys
+
+import pytest
+from conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def workdir(digits_run, tmp_path_factory):
+    assert digits_run.done.returncode == 0, digits_run.done.stderr
+    copy = tmp_path_factory.mktemp("eval") / "run"
+    shutil.copytree(digits_run.workdir, copy)
+    return copy
+
+
+@pytest.fixture
+def evaluate_here(workdir, monkeypatch, capfd):
+    """The command in this process, on its eight devices, which is faster."""
+
+    def run(*flags):
+        argv = ["eval.py", f"--workdir={workdir}", *flags]
+        monkeypatch.setattr(sys, "argv", argv)
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(ROOT / "eval.py"), run_name="__main__")
+        out, err = capfd.readouterr()
+        assert (stop.value.code, err) == (0, "")
+        return json.loads(out)
+
+    return run
+
+
+def evaluate_on_one(command, workdir, *flags):
+    done = command("eval.py", f"--workdir={workdir}", *flags)
+    assert (done.returncode, done.stderr) == (0, "")
+    (line,) = done.stdout.splitlines()
+    return json.loads(line)
+
+
+def assert_same(result, expected):
+    """The same examples: equal counts, and a loss that differs by rounding."""
+    result, expected = dict(result), dict(expected)
+    assert result.pop("loss") == pytest.approx(expected.pop("loss"), rel=1e-5)
+    assert result == expected
+
+
+def last_test_record(workdir):
+    return json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def by_ones(command, workdir):
+    return evaluate_on_one(command, workdir, "--batch_size=1")
+
+
+def test_one_json_line_tells_the_result_and_is_kept_in_the_workdir(by_ones, workdir):
+    assert list(by_ones)[:5] == ["top1", "top5", "loss", "num_examples", "step"]
+    assert (by_ones["num_examples"], by_ones["step"]) == (360, 22)
+    (path,) = workdir.glob("eval_*.json")
+    assert json.loads(path.read_text()) == by_ones
+
+
+def test_it_reports_what_training_reported(by_ones, workdir):
+    training = last_test_record(workdir)
+    assert (training["split"], training["step"]) == ("test", 22)
+    assert by_ones["top1"] == pytest.approx(training["top1"])
+    assert by_ones["top5"] == pytest.approx(training["top5"])
+    assert by_ones["loss"] == pytest.approx(training["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [64, 7])
+def test_any_minibatch_counts_the_same_on_one_device(command, workdir, by_ones, batch_size):
+    result = evaluate_on_one(command, workdir, f"--batch_size={batch_size}")
+    assert_same(result, by_ones)
+
+
+@pytest.mark.parametrize("batch_size", [64, 7, 1])
+def test_any_minibatch_counts_the_same_on_eight_devices(evaluate_here, by_ones, batch_size):
+    assert_same(evaluate_here(f"--batch_size={batch_size}"), by_ones)
+
+
+def test_a_step_picks_its_checkpoint(evaluate_here, by_ones, workdir):
+    result = evaluate_here("--step=10")
+    assert result["step"] == 10 and result["loss"] != by_ones["loss"]
+    files = list(workdir.glob("eval_*10*.json"))
+    assert [json.loads(path.read_text()) for path in files] == [result]
+
+
+def test_the_training_split_has_the_other_examples(evaluate_here, by_ones):
+    result = evaluate_here("--split=train")
+    assert result["num_examples"] == 1797 - 360
+    assert result["top1"] * 14.37 == pytest.approx(round(result["top1"] * 14.37))
+    assert result["loss"] != by_ones["loss"]
+
+
+def test_the_data_may_have_moved(evaluate_here, by_ones, data_dir, tmp_path, monkeypatch):
+    shutil.copytree(data_dir / "digits", tmp_path / "moved" / "digits")
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "nowhere"))
+    assert_same(evaluate_here(f"--data_dir={tmp_path / 'moved'}"), by_ones)

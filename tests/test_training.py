@@ -1,0 +1,235 @@
+"""train.py: what a run prints and leaves, how it ends, and that devices do not matter."""
+
+import json
+import math
+import re
+
+import cv2
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from conftest import ROOT
+from etils import epath
+
+from resjax import checkpoint
+
+TRAIN_EXAMPLES, BATCH_SIZE, NUM_STEPS = 1437, 128, 22  # 2 epochs are 22.45 steps
+RECORD = ["step", "epoch", "split", "loss", "top1", "top5", "lr", "images_per_second"]
+
+
+def read_metrics(workdir):
+    return [
+        json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()
+    ]
+
+
+def rows(workdir, split="train"):
+    return [row for row in read_metrics(workdir) if row["split"] == split]
+
+
+def contents(folder):
+    return {p: p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+# --- a short run --------------------------------------------------------------------
+
+
+def test_a_run_says_what_it_does_and_how_it_stands(digits_run):
+    done = digits_run.done
+    assert (done.returncode, done.stderr) == (0, "")
+    data, size, *reports, end = done.stdout.replace("compiling ...\n", "").splitlines()
+    assert data.startswith(
+        "cifar_resnet20 on digits (1,437 examples, 10 classes), from the"
+    )
+    assert data.endswith(str(digits_run.workdir))
+    assert size.startswith("22 steps of 128, 2 epochs, on 4 cpu devices (pmap); peak learn")
+    assert size.endswith("rate 0.1, gradual warmup of 6 steps")
+    test = rows(digits_run.workdir, "test")
+    assert len(reports) == len(test) == 2
+    for line, row in zip(reports, test, strict=True):
+        assert f"{row['step']}/22" in line and "images/s" in line
+        assert f"test loss {row['loss']:.4f} top-1 {row['top1']:6.2f} %" in line
+    assert end.startswith("finished in ") and "curves.png" in end
+
+
+def test_a_run_leaves_its_files_and_nothing_else(digits_run):
+    workdir = digits_run.workdir
+    names = {p.name for p in workdir.iterdir() if not p.name.startswith("eval_")}
+    (events,) = (name for name in names if name.startswith("events.out.tfevents."))
+    files = {"config.json", "metrics.jsonl", "curves.png", "checkpoints"}
+    assert names == {events} | files
+    assert sorted(int(p.name) for p in (workdir / "checkpoints").iterdir()) == [10, 20, 22]
+
+
+def test_the_config_is_stored_with_what_the_command_line_set(digits_run):
+    config = json.loads((digits_run.workdir / "config.json").read_text())
+    assert (config["num_epochs"], config["warmup_epochs"]) == (2.0, 0.5)  # set by flags
+    assert (config["lr_per_256"], config["schedule"]) == (0.2, "cosine")  # by the file
+    assert (config["momentum"], config["seed"]) == (0.9, 0)  # by default
+    assert config["checkpoint"] == {"every_steps": 10, "keep": 3}
+
+
+def test_metrics_have_one_full_record_for_every_step_and_evaluation(digits_run):
+    metrics = read_metrics(digits_run.workdir)
+    for row in metrics:
+        assert list(row) == [name for name in RECORD if name in row]
+        assert set(RECORD) - set(row) <= ({"lr"} if row["split"] == "test" else set())
+        assert row["epoch"] == pytest.approx(
+            row["step"] * BATCH_SIZE / TRAIN_EXAMPLES, abs=1e-4
+        )
+        assert all(math.isfinite(value) for value in row.values() if value != row["split"])
+        assert 0 <= row["top1"] <= row["top5"] <= 100
+    train = [row["step"] for row in metrics if row["split"] == "train"]
+    test = [row["step"] for row in metrics if row["split"] == "test"]
+    assert train == list(range(1, NUM_STEPS + 1))
+    assert test == [11, 22]  # an epoch is 11.2 steps
+
+
+def test_a_training_top1_is_a_count_out_of_the_minibatch(digits_run):
+    hits = np.array([row["top1"] for row in rows(digits_run.workdir)]) * BATCH_SIZE / 100
+    np.testing.assert_allclose(hits, hits.round(), atol=1e-4)
+
+
+def test_the_model_learns(digits_run):
+    train, test = rows(digits_run.workdir), rows(digits_run.workdir, "test")
+    assert abs(train[0]["loss"] - math.log(10)) < 0.1  # the classifier starts near 0
+    assert train[-1]["loss"] < 1.0 and test[-1]["top1"] > 50
+
+
+def test_learning_rates_warm_up_and_then_follow_the_cosine(digits_run):
+    step = np.arange(NUM_STEPS)
+    start, peak, warmup = 0.01, 0.2 * 128 / 256, round(0.5 * TRAIN_EXAMPLES / BATCH_SIZE)
+    warm = start + (peak - start) * step / warmup
+    cosine = peak * (1 + np.cos(np.pi * (step - warmup) / (NUM_STEPS - warmup))) / 2
+    rates = [row["lr"] for row in rows(digits_run.workdir)]
+    np.testing.assert_allclose(rates, np.where(step < warmup, warm, cosine), rtol=1e-5)
+
+
+def test_curves_are_a_picture(digits_run):
+    picture = cv2.imread(str(digits_run.workdir / "curves.png"))
+    height, width, _ = picture.shape
+    assert width > 2 * height > 500
+    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 10  # lines, not a blank page
+
+
+def test_a_finished_run_says_so_and_changes_nothing(digits_run, command):
+    before = contents(digits_run.workdir)
+    done = command("train.py", *digits_run.flags, devices=4)
+    assert (done.returncode, done.stderr) == (0, "")
+    (line,) = done.stdout.splitlines()
+    assert "finished" in line and "22" in line and str(digits_run.workdir) in line
+    assert contents(digits_run.workdir) == before
+
+
+@pytest.mark.parametrize("script", ["train.py", "eval.py"])
+def test_help_shows_an_example(command, script):
+    done = command(script, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"\npython {script} " in done.stdout and "--workdir" in done.stdout
+
+
+def test_help_lists_the_config_fields(command):
+    lines = command("train.py", "--help").stdout.splitlines()
+    (batch_size,) = (line for line in lines if line.strip().startswith("batch_size "))
+    assert "128" in batch_size and "greater than 0" in batch_size
+
+
+# --- how a run ends -----------------------------------------------------------------
+
+
+DIVERGES = "--config.lr_per_256=1e30"
+
+
+def test_parameters_that_are_not_finite_end_the_run_and_the_last_good_ones_are_kept(
+    command, tiny_config, tmp_path
+):
+    flags = f"--config={tiny_config}", f"--workdir={tmp_path}", DIVERGES
+    done = command("train.py", *flags, "--config.checkpoint.every_steps=1")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    (*_, latest) = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
+    assert f"not finite after step {latest + 1}; " in line
+    assert f"checkpoint of step {latest} is kept" in line
+    assert "--config.lr_per_256" in line
+    assert all(math.isfinite(row["loss"]) for row in read_metrics(tmp_path))
+    with checkpoint.open_checkpoints(epath.Path(tmp_path)) as manager:
+        args = ocp.args.Composite(variables=ocp.args.StandardRestore())
+        variables = manager.restore(latest, args=args)["variables"]
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(command, tiny_config, tmp_path):
+    flags = f"--config={tiny_config}", f"--workdir={tmp_path}", DIVERGES
+    done = command("train.py", *flags)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert re.search(r"the loss is (nan|inf) at step \d+ \(learning rate 6.25e\+28\)", line)
+    assert "nothing was saved yet" in line
+    assert all(math.isfinite(row["loss"]) for row in read_metrics(tmp_path))
+
+
+# --- devices ------------------------------------------------------------------------
+
+
+def train_on(command, workdir, devices, parallel, *flags, script="train.py"):
+    """What is printed, and the loss and the hits of every record."""
+    flags = *flags, f"--workdir={workdir}", f"--config.parallel={parallel}"
+    done = command(script, *flags, devices=devices)
+    assert done.returncode == 0, done.stderr
+    assert f"on {devices} cpu device{'s'[: devices > 1]} ({parallel})" in done.stdout
+    names = "loss", "top1", "top5"
+    rows = [[row[name] for name in names] for row in read_metrics(workdir)]
+    return done.stdout, np.array(rows)
+
+
+@pytest.fixture(scope="module")
+def on_four(command, tiny_config, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("four") / "run"
+    return train_on(command, workdir, 4, "pmap", f"--config={tiny_config}")[1]
+
+
+@pytest.fixture(scope="module")
+def on_one(command, tiny_config, tmp_path_factory):
+    """One device, and a last printed line with modules that were loaded."""
+    folder = tmp_path_factory.mktemp("one")
+    script = folder / "train_and_look.py"
+    script.write_text(f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import train
+code = train.main(sys.argv[1:])
+print([m for m in ("tensorflow", "torch", "resjax.training") if m in sys.modules])
+sys.exit(code)
+""")
+    flag = f"--config={tiny_config}"
+    return train_on(command, folder / "run", 1, "pmap", flag, script=script)
+
+
+def test_pmap_and_shard_map_give_the_same_metrics(command, tiny_config, on_four, tmp_path):
+    _, metrics = train_on(command, tmp_path, 4, "shard_map", f"--config={tiny_config}")
+    assert len(metrics) == 51  # 50 steps and an evaluation
+    np.testing.assert_allclose(metrics, on_four, rtol=1e-5)
+
+
+def test_one_device_gives_the_metrics_of_four(on_one, on_four):
+    _, metrics = on_one
+    # Sums in another order; training amplifies what that changes.
+    np.testing.assert_allclose(metrics[:5, 0], on_four[:5, 0], rtol=1e-5)
+    np.testing.assert_allclose(metrics[:, 0], on_four[:, 0], rtol=1e-2)
+
+
+def test_training_loads_neither_tensorflow_nor_torch(on_one):
+    printed, _ = on_one
+    assert printed.splitlines()[-1] == "['resjax.training']"
+
+
+@pytest.mark.slow  # a minute
+def test_digits_train_alike_under_pmap_and_shard_map(command, tmp_path):
+    flags = "--config.num_epochs=4.46", "--config.log_every_steps=1"
+    pmap, shard_map = (
+        train_on(command, tmp_path / parallel, 4, parallel, *flags)[1]
+        for parallel in ("pmap", "shard_map")
+    )
+    assert len(pmap) == 51  # 50 steps and an evaluation
+    np.testing.assert_allclose(shard_map, pmap, rtol=1e-5)
