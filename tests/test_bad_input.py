@@ -7,24 +7,27 @@ import sys
 import pytest
 from conftest import ROOT
 
-# A line of the issue each, run as a user runs it; then what the answer has to contain.
+# One worker runs all that share `digits_run`.
+pytestmark = pytest.mark.xdist_group("runs")
+
+# Run as a user runs them; then what the answer has to contain.
 TRAIN_COMMANDS = {
     "unknown field": (["--config.batchsize=3"], ["config", "'batchsize'", "batch_size"]),
     "wrong type": (["--config.batch_size=abc"], ["batch_size", "'abc'", "whole number"]),
-    "negative size": (["--config.batch_size=-1"], ["batch_size", "-1", "greater than 0"]),
-    "zero size": (["--config.batch_size=0"], ["batch_size", "0", "greater than 0"]),
     "devices": (["--config.batch_size=130"], ["batch_size", "130", "4 dev", "128 or 132"]),
-    "model": (["--config.model=cifar_resnet21"], ["model", "'cifar_resnet21'", "resnet20"]),
-    "data set": (["--config.data.name=digit"], ["config.data.name", "'digit'", "digits"]),
-    "scheme": (["--config.init=msra_fanout"], ["init", "'msra_fanout'", "msra_fan_out"]),
     "data folder": (["--config.data.dir=nowhere"], ["data.dir", "nowhere", "no directory"]),
     "unwritable": (["--workdir=file/run"], ["--workdir", "file/run"]),
     "stray words": (["digits", "please"], ["'digits'", "--help"]),
     "num_classes": (["--config.num_classes=11"], ["num_classes", "11", "digits", "10 "]),
 }
 
-# Their variants, run in this process, which is faster.
+# More of them, run in this process, which is faster.
 TRAIN_VARIANTS = [
+    ("--config.batch_size=-1", "batch_size", "-1", "greater than 0"),
+    ("--config.batch_size=0", "batch_size", "0", "greater than 0"),
+    ("--config.model=cifar_resnet21", "model", "'cifar_resnet21'", "cifar_resnet20"),
+    ("--config.data.name=digit", "config.data.name", "'digit'", "digits"),
+    ("--config.init=msra_fanout", "init", "'msra_fanout'", "msra_fan_out"),
     ("--config.norm.group=3", "'norm.group'"),
     ("--config.data.nam=digits", "'data.nam'", "data.name"),
     ("--config.batch_size=1.5", "batch_size", "1.5", "whole number"),
@@ -71,12 +74,12 @@ TRAIN_VARIANTS = [
 
 EVAL_COMMANDS = {
     "no flag": ([], ["--workdir"]),
-    "no folder": (["--workdir=rnu"], ["rnu", "no directory", "'run'"]),
-    "no run": (["--workdir=empty"], ["empty", "checkpoints", "notes.txt"]),
     "no step": (["--workdir=run", "--step=99"], ["99", "[10, 22]"]),
 }
 
 EVAL_VARIANTS = [
+    (["--workdir=rnu"], ["rnu", "no directory", "'run'"]),
+    (["--workdir=empty"], ["empty", "checkpoints", "notes.txt"]),
     (["--workdir="], ["--workdir", "empty"]),
     (["--workdir=nowhere/rnu"], ["nowhere/rnu", "no directory"]),
     (["--workdir=file"], ["file", "no directory"]),

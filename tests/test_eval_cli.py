@@ -8,6 +8,9 @@ import sys
 import pytest
 from conftest import ROOT
 
+# One worker runs all that share `digits_run`.
+pytestmark = pytest.mark.xdist_group("runs")
+
 
 @pytest.fixture(scope="module")
 def workdir(digits_run, tmp_path_factory):

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 from conftest import ROOT
 from tiny_tfds import SIZES, encode, pixels, write_imagenet
 
@@ -10,6 +11,7 @@ import resjax
 from resjax.data.decode import decode
 
 
+@pytest.mark.slow  # a minute: it compiles ResNet-18 three times
 def test_resnet18_trains_and_evaluates_on_jpegs_of_many_sizes(command, tmp_path):
     data_dir, workdir = tmp_path / "tfds", tmp_path / "run"
     write_imagenet(data_dir, num_train=24, num_validation=10, num_classes=5)

@@ -23,6 +23,7 @@ def test_every_file_and_test_named_is_there(page):
     named = set(re.findall(r"\]\(([\w/.]+)\)|`([\w/]+\.(?:py|md|txt))[`:]", text))
     for path in filter(None, (a or b for a, b in named)):
         places = [ROOT / path, ROOT / "resjax" / path, ROOT / "resjax/models" / path]
+        places.append(ROOT / "resjax/data" / path)
         assert any(place.exists() for place in places), path
     for path, test in re.findall(r"`([\w/]+\.py)::(\w+)`", text):
         assert f"def {test}(" in (ROOT / path).read_text()

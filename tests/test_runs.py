@@ -15,6 +15,9 @@ from resjax.config import UsageError
 from resjax.data.datasets import DATASETS
 from resjax.data.digits import split_indices
 
+# One worker runs all that share `digits_run`.
+pytestmark = pytest.mark.xdist_group("runs")
+
 # In a process of its own: predicts saved images and says which modules that loaded.
 SCRIPT = f"""
 import json, sys
@@ -158,7 +161,7 @@ def test_images_may_have_different_sizes(run, digits):
 
 
 def test_more_images_than_a_forward_pass_holds_keep_their_order(run, digits):
-    images = digits[0][:70]
+    images = digits[0][:104]
     backwards = run.predict(images[::-1])[::-1]
     np.testing.assert_allclose(run.predict(images), backwards, rtol=1e-4, atol=1e-6)
 
