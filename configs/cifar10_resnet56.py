@@ -2,27 +2,20 @@
 
 python train.py --config=configs/cifar10_resnet56.py --config.data.dir=/data/tfds
 
-The paper reports 6.97 % test error. 64,000 updates of 128, the rate divided by 10 after
-32,000 and 48,000.
+The paper reports 6.97 % test error.
 """
 
-from resjax.config import Config, DataConfig
+import dataclasses
+import runpy
+from pathlib import Path
+
+from resjax.config import Config
+
+_BASE = Path(__file__).with_name("cifar10_resnet20.py")
 
 
 def get_config() -> Config:
-    """The recipe of the paper; statistics over the whole minibatch of 128."""
-    return Config(
-        model="cifar_resnet56",
-        num_classes=10,
-        batch_size=128,
-        lr_per_256=0.2,
-        schedule="step",
-        warmup="none",
-        drop_epochs=(81.92, 122.88),
-        num_epochs=163.84,
-        momentum=0.9,
-        nesterov=False,
-        weight_decay=1e-4,
-        data=DataConfig(name="cifar10", image_size=32),
-        log_every_steps=100,
+    """The recipe of ResNet-20 on the deeper net."""
+    return dataclasses.replace(
+        runpy.run_path(str(_BASE))["get_config"](), model="cifar_resnet56"
     )

@@ -189,6 +189,8 @@ def _fit(
                 with log.paused():
                     save(step, state)
             checkpoints.wait_until_finished()
+        except UsageError:  # of the data: the same one line as before the run
+            raise
         except (FloatingPointError, OSError, ValueError) as error:
             return _failed(error, checkpoints)
     if step < run.num_steps:
