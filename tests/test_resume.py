@@ -19,8 +19,8 @@ from resjax import config as configs
 from resjax.config import UsageError
 from resjax.models.resnet import MODELS
 
-# One worker runs all that share `digits_run`.
-pytestmark = pytest.mark.xdist_group("runs")
+# One worker runs all that share the uninterrupted runs.
+pytestmark = pytest.mark.xdist_group("resume")
 
 NUM_STEPS = 5  # of 320 examples; an epoch of 1,437 ends within the last
 

@@ -69,7 +69,7 @@ class Conv(nn.Module):
     strides: int = 1
     groups: int = 1
     dtype: jnp.dtype = jnp.float32
-    kernel_init: nn.initializers.Initializer = initializers.MSRA_FAN_OUT
+    kernel_init: initializers.Initializer = initializers.MSRA_FAN_OUT
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
