@@ -5,9 +5,21 @@
 """
 
 from resjax.initializers import init
+from resjax.models.counting import count_macs, count_params
 from resjax.models.norm import BatchNorm
 from resjax.models.resnet import create_model, list_models
 from resjax.runs import restore
+from resjax.weights import from_torch, to_torch
 
-__all__ = ["BatchNorm", "create_model", "init", "list_models", "restore"]
+__all__ = [
+    "BatchNorm",
+    "count_macs",
+    "count_params",
+    "create_model",
+    "from_torch",
+    "init",
+    "list_models",
+    "restore",
+    "to_torch",
+]
 __version__ = "0.1.0"

@@ -16,7 +16,7 @@ import optax
 from flax import linen as nn
 
 from resjax import initializers, optim, parallel, schedules, steps
-from resjax.config import Config, ModelKwargs, UsageError, unknown_name
+from resjax.config import Config, UsageError, unknown_name
 from resjax.models.norm import BatchNorm
 from resjax.models.resnet import create_model
 from resjax.steps import Batch, TrainState
@@ -61,10 +61,6 @@ def build_model(config: Config, axis_name: str | None = None) -> nn.Module:
     Raises:
       UsageError: an unknown model.
     """
-    options = {
-        field.name: getattr(config.model_kwargs, field.name)
-        for field in dataclasses.fields(ModelKwargs)
-    }
     group = config.norm.virtual_batch_size
     if group == config.batch_size:
         group = 0  # the same examples, however many devices hold them
@@ -73,8 +69,14 @@ def build_model(config: Config, axis_name: str | None = None) -> nn.Module:
         num_classes=config.num_classes,
         dtype=jnp.dtype(config.dtype),
         norm=partial(BatchNorm, virtual_batch_size=group, axis_name=axis_name),
-        **{name: value for name, value in options.items() if value is not None},
+        **model_options(config),
     )
+
+
+def model_options(config: Config) -> dict[str, Any]:
+    """Those of `model_kwargs` that are set."""
+    options = dataclasses.asdict(config.model_kwargs)
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def check_devices(config: Config, num_devices: int) -> None:
@@ -103,9 +105,9 @@ def check_image_size(config: Config) -> None:
     images = jax.ShapeDtypeStruct(shape, jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     try:
-        jax.eval_shape(
-            partial(model.apply, train=True, update_stats=False), variables, images
-        )
+        apply = partial(model.apply, train=True, update_stats=False)
+        rngs = {"dropout": jax.random.key(0)}
+        jax.eval_shape(partial(apply, rngs=rngs), variables, images)
     except ValueError as error:
         raise UsageError(
             f"config.data.image_size: {size} is too small for {config.model} with "
@@ -207,6 +209,15 @@ def build_source(config: Config, split: str) -> tuple[Sequence[Any], list[str]]:
             f"{config.data.name} has {len(names)} classes"
         )
     return sources.open_source(builder, dataset.splits[split]), names
+
+
+def build_class_names(config: Config) -> list[str]:
+    """The class names of the data set, which need not be there; else numbers."""
+    from resjax.data import sources
+
+    names = sources.known_class_names(config.data.name)
+    known = len(names) == config.num_classes
+    return names if known else [str(i) for i in range(config.num_classes)]
 
 
 def build_transforms(config: Config) -> tuple[steps.Transform, steps.Transform]:
@@ -314,7 +325,7 @@ def build_run(config: Config) -> Run:
     schedule, derived = build_schedule(config, len(source))
     num_steps = derived["num_steps"]
     tx = build_optimizer(config, schedule)
-    train_step = steps.make_train_step(model, tx, augment, config.batch_size)
+    train_step = steps.make_train_step(model, tx, augment, config.batch_size, config.seed)
     eval_step, eval_batches = build_evaluation(config, "test", config.batch_size)
 
     def init_state() -> TrainState:

@@ -57,7 +57,9 @@ def _fraction(default: Any) -> Any:
 class ModelKwargs:
     """Options of the model; None keeps what its name stands for."""
 
-    shortcut: Literal["A", "B", "C"] | None = None
+    shortcut: Literal["A", "B", "C", "none"] | None = None
+    stochastic_depth: float | None = _fraction(None)  # chance to drop the last branch
+    remat: bool | None = None  # computes blocks twice to keep less
 
 
 @dataclasses.dataclass(frozen=True)

@@ -56,32 +56,41 @@ XAVIER = normal(lambda fan_in, fan_out: 2 / (fan_in + fan_out))
 # N(0, 0.01^2). Source: Goyal et al. 2017 (arXiv:1706.02677), section 5.1.
 CLASSIFIER = normal(lambda fan_in, fan_out: 0.01**2)
 
-ZERO_GAMMA: Rule = (r".*/norm_out/scale", jax_init.zeros)
+# The last layer of every residual branch: a norm, or in a pre-activation branch a
+# convolution (a zero norm before a ReLU would never move).
+ZERO_BRANCH: Rule = (r".*/(norm_out/scale|conv_out/kernel)", jax_init.zeros)
+
+
+HEAD_KERNEL = r"(.*/)?head/kernel"
 
 
 def _with_convs(conv_init: Initializer) -> list[Rule]:
     return [
-        (r"(.*/)?\w*conv\d*/kernel", conv_init),
-        (r"head/kernel", CLASSIFIER),
+        (r"(.*/)?\w*conv\w*/kernel", conv_init),
+        (HEAD_KERNEL, CLASSIFIER),
         (r"(.*/)?(\w*norm\w*/|head/)bias", jax_init.zeros),
         (r"(.*/)?\w*norm\w*/scale", jax_init.ones),
     ]
 
 
-def scheme_from_rules(rules: Sequence[Rule]) -> Scheme:
+def scheme_from_rules(
+    rules: Sequence[Rule], optional: Sequence[str] = (HEAD_KERNEL,)
+) -> Scheme:
     """A scheme that initialises each leaf by the first rule that fits its path.
 
     Args:
       rules: (pattern, initializer) pairs; a pattern is a regular expression that must
         match the whole path, e.g. "stage1/block1/norm_out/scale".
+      optional: patterns that may match nothing; a net may have no classifier.
 
     Returns:
       (key, abstract_params) -> params, float32. It raises `UsageError` for a leaf that
-      no rule matches and for a rule that matches no leaf.
+      no rule matches and for a rule that matches no leaf, such as one for the ends of
+      residual branches on a plain net.
     """
 
     def scheme(key: jax.Array, abstract_params: Params) -> Params:
-        unused = {pattern for pattern, _ in rules}
+        unused = {pattern for pattern, _ in rules} - set(optional)
         params = {}
         for path, leaf in traverse_util.flatten_dict(abstract_params, sep="/").items():
             fits = [rule for rule in rules if re.fullmatch(rule[0], path)]
@@ -91,7 +100,10 @@ def scheme_from_rules(rules: Sequence[Rule]) -> Scheme:
             leaf_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
             params[path] = fits[0][1](leaf_key, leaf.shape, jnp.float32)
         if unused:
-            raise UsageError(f"init: no parameter matches the rules {sorted(unused)}")
+            raise UsageError(
+                f"init: no parameter of the model matches the rules {sorted(unused)} of "
+                "the scheme"
+            )
         return traverse_util.unflatten_dict(params, sep="/")
 
     return scheme
@@ -108,7 +120,7 @@ SCHEMES: dict[str, Scheme] = {
     for name, conv_init in _CONV_INITS.items()
 } | {
     # Every residual block starts as its shortcut. Source: Goyal et al. 2017, section 5.1.
-    f"{name}_zero_gamma": scheme_from_rules([ZERO_GAMMA, *_with_convs(conv_init)])
+    f"{name}_zero_gamma": scheme_from_rules([ZERO_BRANCH, *_with_convs(conv_init)])
     for name, conv_init in _CONV_INITS.items()
 }
 

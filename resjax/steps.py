@@ -59,6 +59,7 @@ def make_train_step(
     tx: optax.GradientTransformation,
     augment: Transform,
     batch_size: int,
+    seed: int = 0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
     """The update of one device, to be run under the mapped axis `AXIS`.
 
@@ -68,6 +69,7 @@ def make_train_step(
       augment: the device's batch -> normalised images.
       batch_size: the global minibatch kn, by which the loss is divided, so that the sum
         over devices is the mean over the minibatch (Goyal et al. 2017, remark 3).
+      seed: of what the model draws (stochastic depth), the same on all devices.
 
     Returns:
       (state, batch) -> (state, sums), where batch has `image` [b, H, W, 3] uint8, `label`
@@ -75,19 +77,20 @@ def make_train_step(
       devices, before the update.
     """
 
-    def loss_fn(params: Any, batch_stats: Any, batch: Batch) -> tuple[jax.Array, Any]:
+    def loss_fn(params: Any, state: TrainState, batch: Batch) -> tuple[jax.Array, Any]:
         logits, updates = model.apply(
-            {"params": params, "batch_stats": batch_stats},
+            {"params": params, "batch_stats": state.batch_stats},
             augment(batch),
             train=True,
             mutable=["batch_stats"],
+            rngs={"dropout": jax.random.fold_in(jax.random.key(seed), state.step)},
         )
         loss = cross_entropy(logits, batch["label"]).sum() / batch_size
         return loss, (updates["batch_stats"], logits)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
         grad_fn = jax.grad(loss_fn, has_aux=True)
-        grads, (batch_stats, logits) = grad_fn(state.params, state.batch_stats, batch)
+        grads, (batch_stats, logits) = grad_fn(state.params, state, batch)
         grads = lax.psum(grads, AXIS)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         sums = classification_sums(logits, batch["label"])

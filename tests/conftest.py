@@ -17,11 +17,11 @@ _TINY = """
 from functools import partial
 
 from resjax.config import Config
-from resjax.models.blocks import BasicBlock
+from resjax.models.blocks import basic
 from resjax.models.resnet import MODELS, ResNet
 
 MODELS["tiny"] = partial(
-    ResNet, (1,), BasicBlock, width=8, downsample=False, shortcut="A"
+    ResNet, (1,), basic, width=8, downsample=False, shortcut="A"
 )
 
 
@@ -67,7 +67,8 @@ def compiled(tmp_path_factory):
 def spawn(data_dir, compiled, tmp_path_factory):
     """spawn("train.py", "--flag=...", devices=4) -> the process, running.
 
-    It runs in a folder of its own, as a user would, with the interpreter of the tests.
+    `script` may be "-m", and a module's name follow. It runs in a folder of its own, as a
+    user would, with the interpreter of the tests.
     """
 
     def start(script, *flags, devices=1, cwd=None):
@@ -78,7 +79,7 @@ def spawn(data_dir, compiled, tmp_path_factory):
             **{name.upper(): str(value) for name, value in compiled.items()},
         }
         return subprocess.Popen(
-            [sys.executable, str(ROOT / script), *map(str, flags)],
+            [sys.executable, script if script == "-m" else ROOT / script, *map(str, flags)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

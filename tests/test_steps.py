@@ -9,7 +9,7 @@ import pytest
 
 from resjax import optim, parallel, steps
 from resjax.initializers import init
-from resjax.models.blocks import BasicBlock
+from resjax.models.blocks import basic
 from resjax.models.norm import BatchNorm
 from resjax.models.resnet import ResNet
 
@@ -19,7 +19,7 @@ BATCH, CLASSES, RATE, DECAY = 16, 4, 0.3, 1e-2
 def tiny_model(group=0, axis_name=None, dtype=jnp.float32):
     norm = partial(BatchNorm, virtual_batch_size=group, axis_name=axis_name)
     return ResNet(
-        (1, 1), BasicBlock, 4, downsample=False, num_classes=CLASSES, dtype=dtype, norm=norm
+        (1, 1), basic, 4, downsample=False, num_classes=CLASSES, dtype=dtype, norm=norm
     )
 
 

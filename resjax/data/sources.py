@@ -84,6 +84,14 @@ def class_names(builder: tfds.core.DatasetBuilder) -> list[str]:
     return list(builder.info.features["label"].names)
 
 
+def known_class_names(name: str) -> list[str]:
+    """The class names that tfds knows of a data set which need not be there; [] if none."""
+    try:
+        return class_names(tfds.builder(name))
+    except tfds.core.DatasetNotFoundError:
+        return []
+
+
 def open_source(builder: tfds.core.DatasetBuilder, split: str) -> Sequence[dict[str, Any]]:
     """Examples by index: {"image": encoded bytes, "label": int, ...}.
 

@@ -14,7 +14,14 @@ from jax import lax
 
 from resjax import initializers
 from resjax.config import UsageError, unknown_name
-from resjax.models.blocks import BasicBlock, BottleneckBlock, Layer
+from resjax.models.blocks import (
+    Branch,
+    Layer,
+    PreActBlock,
+    ResidualBlock,
+    basic,
+    bottleneck,
+)
 from resjax.models.norm import BatchNorm
 from resjax.models.ops import Conv, max_pool
 
@@ -27,13 +34,13 @@ class Stem(nn.Module):
       downsample: a 7x7 convolution with stride 2 and a 3x3/2 max-pool (ImageNet);
         otherwise one 3x3 convolution (CIFAR).
       conv: makes a convolution.
-      norm: makes a norm.
+      norm: makes a norm, which a ReLU follows; None leaves both to the first block.
     """
 
     width: int
     downsample: bool
     conv: Layer
-    norm: Layer
+    norm: Layer | None
 
     @nn.compact
     def __call__(
@@ -42,32 +49,84 @@ class Stem(nn.Module):
         """[B, H, W, 3] -> [B, H / 4, W / 4, width], or [B, H, W, width] for CIFAR."""
         size, strides = (7, 2) if self.downsample else (3, 1)
         x = self.conv(self.width, size, strides, name="conv")(x)
-        x = self.norm(name="norm")(x, train=train, update_stats=update_stats)
-        x = nn.relu(x)
+        if self.norm:
+            x = self.norm(name="norm")(x, train=train, update_stats=update_stats)
+            x = nn.relu(x)
         return max_pool(x) if self.downsample else x
 
 
 class Stage(nn.Module):
-    """Blocks of one width, `block1`, `block2`, ...; the first of them strides.
+    """Blocks of one width, one after another: `block1`, `block2`, ...
 
     Attributes:
-      size: number of blocks.
-      strides: of the first block, in pixels.
-      block: makes a block from (strides=, name=).
+      first: makes the first block, which may stride, from its name.
+      rest: makes each of the others, which all have the same shapes.
+      survivals: of each block, the probability that a training step keeps its branch, with
+        one draw for the whole minibatch; evaluation multiplies the branch by it.
+      remat: run the others as a loop, which is compiled once however many they are; the
+        makers should rematerialise.
+
+    Source: Huang et al. 2016 (arXiv:1603.09382), equations 2 and 5, for the survivals.
+    Differs: a dropped branch is computed all the same, so its running statistics move.
     """
 
-    size: int
-    strides: int
-    block: Layer
+    first: Layer
+    rest: Layer
+    survivals: tuple[float, ...]
+    remat: bool = False
 
     @nn.compact
     def __call__(
         self, x: jax.Array, *, train: bool = False, update_stats: bool | None = None
     ) -> jax.Array:
         """[B, H, W, C] -> [B, H / strides, W / strides, D]."""
-        for i in range(self.size):
-            block = self.block(strides=self.strides if i == 0 else 1, name=f"block{i + 1}")
-            x = block(x, train=train, update_stats=update_stats)
+        scales = None
+        if min(self.survivals) < 1:
+            scales = jnp.array(self.survivals)  # [number of blocks]
+            if train:
+                scales = jax.random.bernoulli(self.make_rng("dropout"), scales)
+        loop = self.remat and len(self.survivals) > 2 and not self.is_initializing()
+        for i in range(1 if loop else len(self.survivals)):
+            block = (self.rest if i else self.first)(name=f"block{i + 1}")
+            x = block(x, train, update_stats, None if scales is None else scales[i])
+        if loop:
+            rest = None if scales is None else scales[1:]
+            x = self._loop(x, train, update_stats, rest)
+        return x
+
+    def _loop(
+        self,
+        x: jax.Array,
+        train: bool,
+        update_stats: bool | None,
+        scales: jax.Array | None,
+    ) -> jax.Array:
+        """All blocks but the first; their variables are stacked for the loop alone."""
+        moves = train if update_stats is None else update_stats
+        names = [f"block{i}" for i in range(2, len(self.survivals) + 1)]
+        variables = {
+            collection: jax.tree.map(
+                lambda *leaves: jnp.stack(leaves),
+                *(self.get_variable(collection, name) for name in names),
+            )
+            for collection in ("params", "batch_stats")
+        }
+
+        def run_block(x: jax.Array, inputs: Any) -> tuple[jax.Array, Any]:
+            variables, scale = inputs
+            return self.rest(parent=None).apply(
+                variables,
+                x,
+                train,
+                update_stats,
+                scale,
+                mutable=["batch_stats"] if moves else [],
+            )
+
+        x, updates = lax.scan(run_block, x, (variables, scales))
+        for i, name in enumerate(names if moves else []):
+            own = jax.tree.map(lambda leaf, i=i: leaf[i], updates["batch_stats"])
+            self.put_variable("batch_stats", name, own)
         return x
 
 
@@ -77,23 +136,36 @@ class ResNet(nn.Module):
     Attributes:
       stage_sizes: blocks a stage; each stage but the first halves the map and doubles
         the width.
-      block: the block's class.
+      branch: the convolutions of a block, see blocks.py.
       width: of the first stage, and channels of the stem.
       downsample: the ImageNet stem, which divides the map by 4.
-      shortcut: "A", "B" or "C", see `blocks.shortcut_path`.
-      num_classes: logits.
+      shortcut: "A", "B" or "C", see `blocks.shortcut_path`, or "none".
+      preactivation: norms and ReLUs stand before the convolutions of a block; a last
+        norm and ReLU follow the last block.
+      stochastic_depth: the probability that a training step drops the last block's branch;
+        it grows linearly with the block from 0.
+      remat: keep only the inputs of blocks for the backward pass and compute the rest
+        again.
+      num_classes: logits; 0 = no classifier.
       dtype: of activations and products; parameters, statistics, logits are float32.
       conv: makes the convolutions.
       norm: makes the norms.
 
-    Source: He et al. 2015 (arXiv:1512.03385), table 1 (ImageNet) and section 4.2 (CIFAR).
+    Source: He et al. 2015 (arXiv:1512.03385), table 1 (ImageNet) and section 4.2 (CIFAR);
+      He et al. 2016 (arXiv:1603.05027), appendix (pre-activation); Huang et al. 2016
+      (arXiv:1603.09382), equation 4 (stochastic depth).
+    Differs: an ImageNet stem of a pre-activation net pools what its convolution puts out,
+      as timm does; the code of He et al. 2016 normalises first.
     """
 
     stage_sizes: tuple[int, ...]
-    block: Layer
+    branch: Branch
     width: int = 64
     downsample: bool = True
     shortcut: str = "B"
+    preactivation: bool = False
+    stochastic_depth: float = 0.0
+    remat: bool = False
     num_classes: int = 1000
     dtype: jnp.dtype = jnp.float32
     conv: Layer = Conv
@@ -101,64 +173,148 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, *, train: bool = False, update_stats: bool | None = None
-    ) -> jax.Array:
+        self,
+        x: jax.Array,
+        *,
+        train: bool = False,
+        update_stats: bool | None = None,
+        return_stages: bool = False,
+    ) -> Any:
         """Logits of a batch of normalised images.
 
         Args:
           x: [B, H, W, 3], any size.
-          train: normalise with the batch's statistics.
+          train: normalise with the batch's statistics. With `stochastic_depth`, `apply`
+            needs rngs={"dropout": key}.
           update_stats: move the running statistics; None = as `train`. With True,
-            `apply` needs mutable=["batch_stats"] and returns (logits, updates).
+            `apply` needs mutable=["batch_stats"] and returns (result, updates).
+          return_stages: also return what each stage puts out; the last is the map that
+            the classifier averages.
 
         Returns:
-          [B, num_classes] float32.
+          [B, num_classes] float32; the averaged map [B, D] float32 without a classifier.
+          With `return_stages`, (that, {"stage1": [B, H/4, W/4, D1], ...}).
         """
         flags: dict[str, Any] = {"train": train, "update_stats": update_stats}
         conv = partial(self.conv, dtype=self.dtype)
-        stem = Stem(self.width, self.downsample, conv, self.norm, name="stem")
+        stem_norm = None if self.preactivation else self.norm
+        stem = Stem(self.width, self.downsample, conv, stem_norm, name="stem")
         x = stem(x.astype(self.dtype), **flags)  # [B, H/4, W/4, width]
-        for i, size in enumerate(self.stage_sizes):
-            block = partial(
-                self.block,
-                width=self.width * 2**i,
-                shortcut=self.shortcut,
-                conv=conv,
-                norm=self.norm,
-            )
-            strides = 1 if i == 0 else 2
-            x = Stage(size, strides, block, name=f"stage{i + 1}")(x, **flags)
+        stages = {}
+        for i in range(len(self.stage_sizes)):
+            name = f"stage{i + 1}"
+            x = self._stage(i, conv, name)(x, **flags)
+            stages[name] = x  # [B, H/4 / 2**i, W/4 / 2**i, D]
+        if self.preactivation:
+            x = stages[name] = nn.relu(self.norm(name="norm")(x, **flags))
         x = x.astype(jnp.float32).mean(axis=(1, 2))  # [B, D]
-        head = nn.Dense(
-            self.num_classes,
-            precision=lax.Precision.HIGHEST,  # float32 also where products default to less
-            kernel_init=initializers.CLASSIFIER,
-            name="head",
+        if self.num_classes:
+            head = nn.Dense(
+                self.num_classes,
+                precision=lax.Precision.HIGHEST,  # float32 where products default to less
+                kernel_init=initializers.CLASSIFIER,
+                name="head",
+            )
+            x = head(x)  # [B, num_classes]
+        return (x, stages) if return_stages else x
+
+    def _stage(self, i: int, conv: Layer, name: str) -> Stage:
+        """The stage of that number, counted from 0."""
+        block = PreActBlock if self.preactivation else ResidualBlock
+        if self.remat:
+            block = nn.remat(block, static_argnums=(2, 3))  # train, update_stats
+        rest = partial(
+            block,
+            branch=self.branch,
+            width=self.width * 2**i,
+            strides=1,
+            shortcut=self.shortcut,
+            conv=conv,
+            norm=self.norm,
         )
-        return head(x)  # [B, num_classes]
+        first = partial(rest, strides=1 if i == 0 else 2, is_first=i == 0)
+        before, total = sum(self.stage_sizes[:i]), sum(self.stage_sizes)
+        survivals = tuple(
+            1 - self.stochastic_depth * (before + j) / total
+            for j in range(1, self.stage_sizes[i] + 1)
+        )
+        return Stage(first, rest, survivals, self.remat, name=name)
 
 
-def _cifar(depth: int) -> Callable[..., ResNet]:
-    """6n + 2 layers: three stages of n basic blocks, shortcut A, 16 to 64 channels."""
-    sizes = ((depth - 2) // 6,) * 3
-    make = partial(ResNet, sizes, BasicBlock, width=16, downsample=False)
-    return partial(make, shortcut="A", num_classes=10)
+def _cifar(depth: int, branch: Branch = basic, **options: Any) -> Callable[..., ResNet]:
+    """Three equal stages: 6n + 2 layers of basic blocks, 9n + 2 of bottlenecks."""
+    sizes = ((depth - 2) // (3 * len(branch(64, 1))),) * 3
+    defaults: dict[str, Any] = {"width": 16, "shortcut": "A", "num_classes": 10}
+    return partial(ResNet, sizes, branch, downsample=False, **(defaults | options))
 
+
+def _resnext(groups: int, group_width: int) -> Branch:
+    return partial(bottleneck, groups=groups, group_width=group_width)
+
+
+_18, _34, _50 = (2, 2, 2, 2), (3, 4, 6, 3), (3, 4, 6, 3)
+_101, _152, _200 = (3, 4, 23, 3), (3, 8, 36, 3), (3, 24, 36, 3)
+_V1 = partial(bottleneck, stride_in_1x1=True)
 
 MODELS: dict[str, Callable[..., ResNet]] = {
-    "resnet18": partial(ResNet, (2, 2, 2, 2), BasicBlock),
-    "resnet34": partial(ResNet, (3, 4, 6, 3), BasicBlock),
-    "resnet50": partial(ResNet, (3, 4, 6, 3), BottleneckBlock),
-    "resnet101": partial(ResNet, (3, 4, 23, 3), BottleneckBlock),
-    "resnet152": partial(ResNet, (3, 8, 36, 3), BottleneckBlock),
+    # He et al. 2015, table 1; strides in the 3x3, or as in the paper ("v1").
+    "resnet18": partial(ResNet, _18, basic),
+    "resnet34": partial(ResNet, _34, basic),
+    "resnet50": partial(ResNet, _50, bottleneck),
+    "resnet101": partial(ResNet, _101, bottleneck),
+    "resnet152": partial(ResNet, _152, bottleneck),
+    "resnet200": partial(ResNet, _200, bottleneck),
+    "resnet50_v1": partial(ResNet, _50, _V1),
+    "resnet101_v1": partial(ResNet, _101, _V1),
+    "resnet152_v1": partial(ResNet, _152, _V1),
+    "plain18": partial(ResNet, _18, basic, shortcut="none"),
+    "plain34": partial(ResNet, _34, basic, shortcut="none"),
+    # He et al. 2016, appendix.
+    "preact_resnet18": partial(ResNet, _18, basic, preactivation=True),
+    "preact_resnet34": partial(ResNet, _34, basic, preactivation=True),
+    "preact_resnet50": partial(ResNet, _50, bottleneck, preactivation=True),
+    "preact_resnet101": partial(ResNet, _101, bottleneck, preactivation=True),
+    "preact_resnet152": partial(ResNet, _152, bottleneck, preactivation=True),
+    "preact_resnet200": partial(ResNet, _200, bottleneck, preactivation=True),
+    # Xie et al. 2016, table 2 (equal complexity) and section 5.1.
+    "resnext50_2x40d": partial(ResNet, _50, _resnext(2, 40)),
+    "resnext50_4x24d": partial(ResNet, _50, _resnext(4, 24)),
+    "resnext50_8x14d": partial(ResNet, _50, _resnext(8, 14)),
+    "resnext50_32x4d": partial(ResNet, _50, _resnext(32, 4)),
+    "resnext101_32x4d": partial(ResNet, _101, _resnext(32, 4)),
+    "resnext101_32x8d": partial(ResNet, _101, _resnext(32, 8)),
+    "resnext101_64x4d": partial(ResNet, _101, _resnext(64, 4)),
+    # Zagoruyko & Komodakis 2016, table 8.
+    "wide_resnet50_2": partial(ResNet, _50, _resnext(1, 128)),
+    # He et al. 2015, table 6; He et al. 2016, table 1; Xie et al. 2016, table 7.
     "cifar_resnet20": _cifar(20),
     "cifar_resnet32": _cifar(32),
     "cifar_resnet44": _cifar(44),
     "cifar_resnet56": _cifar(56),
     "cifar_resnet110": _cifar(110),
+    "cifar_resnet1202": _cifar(1202),
+    "cifar_plain20": _cifar(20, shortcut="none"),
+    "cifar_plain32": _cifar(32, shortcut="none"),
+    "cifar_plain44": _cifar(44, shortcut="none"),
+    "cifar_plain56": _cifar(56, shortcut="none"),
+    "cifar_plain110": _cifar(110, shortcut="none"),
+    "cifar_preact_resnet110": _cifar(110, preactivation=True),
+    "cifar_preact_resnet164": _cifar(164, bottleneck, shortcut="B", preactivation=True),
+    "cifar_preact_resnet1001": _cifar(1001, bottleneck, shortcut="B", preactivation=True),
+    "cifar_resnext29_8x64d": _cifar(29, _resnext(8, 64), shortcut="B", width=64),
+    "cifar_resnext29_16x64d": _cifar(29, _resnext(16, 64), shortcut="B", width=64),
 }
 
-OPTIONS = ("num_classes", "dtype", "shortcut", "conv", "norm")
+# What a config may set, and what only a program can.
+OPTIONS = (
+    "num_classes",
+    "dtype",
+    "shortcut",
+    "stochastic_depth",
+    "remat",
+    "conv",
+    "norm",
+)
 
 
 def list_models() -> list[str]:
@@ -171,15 +327,17 @@ def create_model(name: str, **options: Any) -> ResNet:
 
     Args:
       name: one of `list_models()`.
-      **options: any of num_classes (1000, or 10 for CIFAR nets), dtype of the
-        computation, shortcut ("A", "B", "C"), conv and norm (module classes or partials
-        of them, e.g. `partial(BatchNorm, virtual_batch_size=32)`).
+      **options: any of num_classes (1000, or 10 for CIFAR nets; 0 = no classifier), dtype
+        of the computation, shortcut ("A", "B", "C", "none"), stochastic_depth, remat, conv
+        and norm (module classes or partials of them, e.g. `partial(BatchNorm,
+        virtual_batch_size=32)`); see `ResNet`.
 
     Returns:
       A linen Module: images [B, H, W, 3] -> logits [B, num_classes].
 
     Raises:
-      UsageError: an unknown name, option or shortcut; it is a ValueError.
+      UsageError: an unknown name or option, or a value that is not allowed; it is a
+        ValueError.
 
     >>> create_model("resnet50", num_classes=10).stage_sizes
     (3, 4, 6, 3)
@@ -189,6 +347,16 @@ def create_model(name: str, **options: Any) -> ResNet:
     for option in options:
         if option not in OPTIONS:
             raise unknown_name(f"model {name}: option", option, OPTIONS)
-    if options.get("shortcut", "A") not in ("A", "B", "C"):
-        raise UsageError(f"shortcut: {options['shortcut']!r} is not one of A, B, C")
-    return MODELS[name](**options)
+    model = MODELS[name](**options)
+    if model.shortcut not in ("A", "B", "C", "none"):
+        raise UsageError(f"shortcut: {model.shortcut!r} is not one of A, B, C, none")
+    if not 0 <= model.stochastic_depth < 1:
+        raise UsageError(
+            f"stochastic_depth: {model.stochastic_depth!r} is not at least 0 and below 1"
+        )
+    if model.stochastic_depth and model.shortcut == "none":
+        raise UsageError(
+            f"stochastic_depth: {model.stochastic_depth!r}, but a plain net has no "
+            "shortcut that would remain"
+        )
+    return model

@@ -1,0 +1,1 @@
+"""What the papers say about residual networks, as functions to look at."""

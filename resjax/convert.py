@@ -1,0 +1,84 @@
+"""Makes a workdir of PyTorch's weights, for eval.py and `resjax.restore`.
+
+python -m resjax.convert resnet50.safetensors --model resnet50 --workdir runs/resnet50
+
+WEIGHTS is a .safetensors file, read without PyTorch, or a .pth file, which PyTorch reads as
+weights only; names are those of torchvision or timm.
+"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from resjax import build, records
+from resjax import config as configs
+from resjax.config import Config, DataConfig, UsageError
+from resjax.weights import from_torch
+
+
+def write_checkpoint(
+    workdir: str | epath.Path, variables: dict[str, Any], config: Config
+) -> None:
+    """Makes a workdir whose only checkpoint, of step 0, holds `variables`.
+
+    Args:
+      workdir: of no run yet.
+      variables: of the model of the config.
+      config: what the weights were trained for: model, data set, image size.
+
+    Raises:
+      UsageError: the workdir holds something, or cannot be written.
+    """
+    from resjax import checkpoint
+
+    config = configs.validate(config)
+    workdir = epath.Path(workdir).expanduser()
+    if workdir.exists() and any(workdir.iterdir()):
+        raise UsageError(f"--workdir: {workdir} is not empty; choose another")
+    record = {
+        "config": dataclasses.asdict(config),
+        "derived": {"num_steps": 0},  # a run that is finished
+        "class_names": build.build_class_names(config),
+    }
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        records.write_json(workdir / "config.json", record["config"])
+    except OSError as error:
+        raise UsageError(f"--workdir: {workdir} cannot be written: {error}") from error
+    with checkpoint.open_checkpoints(workdir, keep=1) as checkpoints:
+        optimizer = {"step": np.int32(0)}  # no buffers: nobody resumes it
+        checkpoint.save(checkpoints, 0, variables, optimizer, record)
+
+
+def main(args: list[str]) -> int:
+    """Runs the command; returns its exit code."""
+    parser = configs.ArgumentParser(
+        prog="python -m resjax.convert",
+        description=__doc__,
+        epilog="what the weights were trained for is set with --config.FIELD=VALUE, e.g. "
+        "--config.data.image_size=288",
+    )
+    parser.add_argument("weights", metavar="WEIGHTS", help="a .safetensors or .pth file")
+    parser.add_argument("--model", required=True, metavar="NAME", help="e.g. resnet50")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="to be made")
+    flags, words = parser.parse_known_args(args)
+    config = Config(model=flags.model, data=DataConfig("imagenet2012", image_size=224))
+    if flags.model.startswith("cifar_"):
+        config = Config(model=flags.model, data=DataConfig("cifar10", image_size=32))
+    config = configs.override(config, words)
+    options = build.model_options(config)
+    variables = from_torch(flags.weights, config.model, **options)
+    head = variables["params"].get("head", {"bias": np.zeros(0)})
+    config = dataclasses.replace(config, num_classes=len(head["bias"]))
+    write_checkpoint(flags.workdir, variables, config)
+    records.say(
+        f"{config.model} with {config.num_classes} classes is in {flags.workdir}; "
+        f"python eval.py --workdir={flags.workdir} evaluates it on {config.data.name}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    configs.run_command(main)
