@@ -97,17 +97,22 @@ def check_devices(config: Config, num_devices: int) -> None:
         )
 
 
-def check_image_size(config: Config) -> None:
-    """Raises `UsageError` if images are too small for batch statistics of the last map."""
+def check_model(config: Config) -> None:
+    """Raises `UsageError` if the init scheme or the images do not fit the model."""
     model = build_model(config)
     size, group = config.data.image_size, config.norm.virtual_batch_size
     shape = (group or config.batch_size, size, size, 3)
     images = jax.ShapeDtypeStruct(shape, jnp.float32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    key = jax.random.key(0)
+    variables = jax.eval_shape(model.init, key, images)
+    scheme = initializers.get_scheme(config.init)
     try:
-        apply = partial(model.apply, train=True, update_stats=False)
-        rngs = {"dropout": jax.random.key(0)}
-        jax.eval_shape(partial(apply, rngs=rngs), variables, images)
+        jax.eval_shape(lambda: scheme(key, variables["params"]))
+    except UsageError as error:
+        raise UsageError(f"config.init={config.init}, {config.model}: {error}") from error
+    apply = partial(model.apply, train=True, update_stats=False, rngs={"dropout": key})
+    try:
+        jax.eval_shape(apply, variables, images)
     except ValueError as error:
         raise UsageError(
             f"config.data.image_size: {size} is too small for {config.model} with "
@@ -319,7 +324,7 @@ def build_run(config: Config) -> Run:
     model = build_model(config, axis_name=parallel.AXIS)
     scheme = initializers.get_scheme(config.init)
     check_devices(config, jax.device_count())
-    check_image_size(config)
+    check_model(config)
     source, class_names = build_source(config, "train")
     augment, _ = build_transforms(config)
     schedule, derived = build_schedule(config, len(source))

@@ -174,9 +174,10 @@ def _from_text(text: str, kind: Any) -> Any:
     words = {"true": True, "false": False, "none": None}
     may_be_text = kind is str or typing.get_origin(kind) is Literal
     if typing.get_origin(kind) in _UNIONS:
-        if text.lower() == "none":
+        kind = typing.get_args(kind)[0]
+        if text.lower() == "none" and "none" not in typing.get_args(kind):
             return None
-        return _from_text(text, typing.get_args(kind)[0])
+        return _from_text(text, kind)
     if may_be_text:
         return text
     if text.lower() in words:

@@ -54,6 +54,10 @@ TRAIN_VARIANTS = [
     ("--config.norm.virtual_batch_size=7", "norm.virtual_batch_size", "7", "128"),
     ("--config.norm.virtual_batch_size=32", "virtual_batch_size", "32", "16", "8 devices"),
     ("--config.batch_size=4", "config.batch_size", "4", "nearest", "8"),
+    ("--config.model_kwargs.stochastic_depth=1", "stochastic_depth", "1.0", "below 1"),
+    ("--config.model_kwargs.remat=often", "remat", "'often'", "true or false"),
+    ("--config=zero.py", "init", "msra_fan_out_zero_gamma", "cifar_plain20", "norm_out"),
+    ("--config=drop.py", "stochastic_depth", "0.5", "plain net"),
     ("--config.init=he", "init", "'he'", "msra_fan_out", "xavier"),
     ("--config.data.name=mnist", "data.name", "'mnist'", "cifar10", "imagenet2012"),
     ("--config.data.dir=file", "data.dir", "file", "no directory"),
@@ -99,6 +103,13 @@ CONFIGS = {
     "syntax.py": "def get_config(:\n",
     "empty.py": "",
     "mine.py": "def get_config():\n    return {'batch_size': 8}\n",
+    "zero.py": "from resjax.config import Config\n"
+    "def get_config():\n"
+    "    return Config(model='cifar_plain20', init='msra_fan_out_zero_gamma')\n",
+    "drop.py": "from resjax.config import Config, ModelKwargs\n"
+    "def get_config():\n"
+    "    kwargs = ModelKwargs(stochastic_depth=0.5)\n"
+    "    return Config(model='cifar_plain20', model_kwargs=kwargs)\n",
     "wrong.py": "from resjax.config import Config\n"
     "def get_config():\n    return Config(batch_size=-3)\n",
 }

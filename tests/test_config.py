@@ -35,6 +35,17 @@ def error_of(call, *args):
         ("--config.data.dir=/a=b", "data.dir", "/a=b"),
         ("--config.data.dir=3", "data.dir", "3"),
         ("--config.model_kwargs.shortcut=B", "model_kwargs.shortcut", "B"),
+        ("--config.model_kwargs.shortcut=none", "model_kwargs.shortcut", "none"),
+        (
+            "--config.model_kwargs.stochastic_depth=0.2",
+            "model_kwargs.stochastic_depth",
+            0.2,
+        ),
+        (
+            "model_kwargs.stochastic_depth",
+            None,
+        ),
+        ("--config.model_kwargs.remat=true", "model_kwargs.remat", True),
         ("--config.norm.virtual_batch_size=32", "norm.virtual_batch_size", 32),
     ],
 )

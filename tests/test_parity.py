@@ -12,7 +12,7 @@ from conftest import ROOT
 import resjax
 from resjax import losses, optim
 
-FAST = ("resnet18",)
+FAST = ("resnet18",)  # the others compile for a long time
 
 
 def read_golden(name):
@@ -42,15 +42,13 @@ def make_loss_fn(model):
     return jax.value_and_grad(loss_fn, has_aux=True)
 
 
-def models(names):
-    """The names as parameters, all but those of `FAST` marked slow: they compile long."""
-    return [
-        name if name in FAST else pytest.param(name, marks=pytest.mark.slow)
-        for name in names
-    ]
+MODELS = [
+    name if name in FAST else pytest.param(name, marks=pytest.mark.slow)
+    for name in parity.MODELS
+]
 
 
-@pytest.mark.parametrize("name", models(parity.MODELS))
+@pytest.mark.parametrize("name", MODELS)
 def test_logits_are_pytorchs(name):
     model, variables = load(name)
     golden = read_golden(name)["logits"]
@@ -62,7 +60,7 @@ def test_logits_are_pytorchs(name):
         assert error <= 1e-4 * np.abs(wanted).max(), size
 
 
-@pytest.mark.parametrize("name", models(parity.MODELS))
+@pytest.mark.parametrize("name", MODELS)
 def test_gradients_and_statistics_are_pytorchs(name):
     model, variables = load(name)
     golden = read_golden(name)
@@ -77,14 +75,18 @@ def test_gradients_and_statistics_are_pytorchs(name):
     assert set(found) == {*golden["gradients"], *golden["statistics"]}
     wrong = {}
     for kind, tolerance in (("gradients", 1e-3), ("statistics", 1e-5)):
+        # A gradient that is small because its terms cancel (in the deepest nets some are
+        # zero) is known no better than its terms.
+        least = np.median([norm for norm, _ in golden[kind].values()]) / 10
         for key, wanted in golden[kind].items():
             error = np.abs(np.subtract(parity.digest(key, found[key]), wanted)).max()
-            if not error <= tolerance * wanted[0]:
+            if not error <= tolerance * max(wanted[0], least):
                 wrong[key] = error / wanted[0]
     assert not wrong
 
 
-@pytest.mark.parametrize("name", models(parity.CURVES))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", parity.CURVES)
 def test_loss_curve_is_pytorchs(name):
     classes = parity.CURVE["num_classes"]
     model, variables = load(name, classes, **parity.CURVE_WEIGHTS)

@@ -42,9 +42,9 @@ def test_the_weights_recipe_runs(tmp_path, monkeypatch):
 
     from safetensors.numpy import save_file
 
-    variables = resjax.init(resjax.create_model("resnet50"), jax.random.key(0))
+    variables = resjax.init(resjax.create_model("resnet18"), jax.random.key(0))
     path = tmp_path / "model.safetensors"
-    save_file(resjax.to_torch(variables, "resnet50"), path)
+    save_file(resjax.to_torch(variables, "resnet18"), path)
     hub = SimpleNamespace(hf_hub_download=lambda repository, file: path)
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     scope = {}

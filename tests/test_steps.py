@@ -36,9 +36,9 @@ def random_batch(seed=0, size=BATCH):
     }
 
 
-def make_step(model):
+def make_step(model, seed=0):
     tx = optim.sgd(lambda step: jnp.float32(RATE), 0.9, True, DECAY)
-    step = steps.make_train_step(model, tx, to_float, BATCH)
+    step = steps.make_train_step(model, tx, to_float, BATCH, seed)
     variables = init(model, jax.random.key(0))
     return step, steps.create_state(variables, tx)
 
@@ -90,13 +90,35 @@ def test_an_update_is_sgd_on_the_mean_loss_of_the_minibatch(num_devices, group):
     assert sums["num_examples"] == BATCH and state.step == 1
 
 
-@pytest.mark.parametrize("group", [0, 2])
-def test_many_devices_train_as_one(group):
+@pytest.mark.parametrize("group, depth", [(0, 0.0), (2, 0.6)])
+def test_many_devices_train_as_one(group, depth):
     batches = [random_batch(seed) for seed in range(3)]
-    one, one_sums = run(tiny_model(group, parallel.AXIS), 1, batches)
-    eight, eight_sums = run(tiny_model(group, parallel.AXIS), 8, batches)
+    model = tiny_model(group, parallel.AXIS).clone(stochastic_depth=depth)
+    one, one_sums = run(model, 1, batches)
+    eight, eight_sums = run(model, 8, batches)
     close = partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5)
     jax.tree.map(close, (one, one_sums), (eight, eight_sums))
+
+
+def test_every_step_and_seed_draws_anew_which_branch_it_drops():
+    model = tiny_model(0, parallel.AXIS).clone(stochastic_depth=0.5)
+    state = make_step(model)[1]
+    batch = jax.tree.map(lambda x: x[None], random_batch())
+
+    def kept_last(seed):
+        """Of each of 12 steps from the same state, whether the last branch moved."""
+        step = make_step(model, seed)[0]
+        mapped = jax.pmap(
+            step, parallel.AXIS, in_axes=(None, 0), out_axes=None, devices=jax.devices()[:1]
+        )
+        states = [mapped(state.replace(step=jnp.int32(i)), batch)[0] for i in range(12)]
+        before = state.params["stage2"]["block1"]["norm_out"]["scale"]
+        ends = [new.params["stage2"]["block1"]["norm_out"]["scale"] for new in states]
+        return [bool((end != before).any()) for end in ends]
+
+    first, again, other = kept_last(0), kept_last(0), kept_last(1)
+    assert first == again != other
+    assert set(first) == {True, False}
 
 
 def test_running_statistics_average_over_the_groups_of_all_devices():

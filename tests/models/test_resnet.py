@@ -1,12 +1,14 @@
 """Parameter trees, maps of stages, options, and nets that are equal by construction.
 
 The trees in tests/golden/ are public; where a change of them is meant, write them with
-`PYTHONPATH=. python tests/models/test_resnet.py`.
+`PYTHONPATH=.:tests python tests/models/test_resnet.py`.
 """
 
 import functools
 import json
 import re
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import ROOT
 from flax import linen as nn
 from flax import traverse_util
 
@@ -367,6 +370,31 @@ def test_each_block_draws_for_itself(remat):
     logits = run(jax.random.split(jax.random.key(0), 400)).reshape(400, -1)
     # Blocks that share a draw never keep the later, less likely one alone.
     assert len(np.unique(np.round(logits, 3), axis=0)) == 2**3
+
+
+_ONE_STEP = """
+import jax, jax.numpy as jnp, resource, sys
+import resjax
+from resjax.losses import cross_entropy
+model = resjax.create_model(sys.argv[1], remat=True)
+variables = resjax.init(model, jax.random.key(0))
+images = jax.random.normal(jax.random.key(1), (16, 32, 32, 3))
+def loss_fn(params):
+    own = {**variables, "params": params}
+    logits, updates = model.apply(own, images, train=True, mutable=["batch_stats"])
+    return cross_entropy(logits, jnp.arange(16) % 10).mean(), updates
+(loss, _), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(variables["params"])
+assert jnp.isfinite(loss) and all(jnp.any(g) for g in jax.tree.leaves(grads))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cifar_resnet1202", "cifar_preact_resnet1001"])
+def test_a_step_of_a_very_deep_net_takes_less_than_8_gigabytes(name):
+    words = [sys.executable, "-c", _ONE_STEP, name]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert float(done.stdout) < 8
 
 
 # --- nets that are equal by construction ----------------------------------------------
