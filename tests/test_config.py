@@ -41,10 +41,6 @@ def error_of(call, *args):
             "model_kwargs.stochastic_depth",
             0.2,
         ),
-        (
-            "model_kwargs.stochastic_depth",
-            None,
-        ),
         ("--config.model_kwargs.remat=true", "model_kwargs.remat", True),
         ("--config.norm.virtual_batch_size=32", "norm.virtual_batch_size", 32),
     ],

@@ -197,6 +197,7 @@ def long_run(command, tiny_config, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow  # half a minute
 def test_a_run_stopped_by_every_signal_ends_as_if_it_was_not(
     command, spawn, tiny_config, long_run, tmp_path
 ):

@@ -210,12 +210,14 @@ sys.exit(code)
     return train_on(command, folder / "run", 1, "pmap", flag, script=script)
 
 
+@pytest.mark.slow
 def test_pmap_and_shard_map_give_the_same_metrics(command, tiny_config, on_four, tmp_path):
     _, metrics = train_on(command, tmp_path, 4, "shard_map", f"--config={tiny_config}")
     assert len(metrics) == 51  # 50 steps and an evaluation
     np.testing.assert_allclose(metrics, on_four, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_one_device_gives_the_metrics_of_four(on_one, on_four):
     _, metrics = on_one
     # Sums in another order; training amplifies what that changes.
