@@ -143,7 +143,8 @@ def _describe(kind: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(map(str, args))
     if origin in _UNIONS:
-        return " or ".join("none" if arg is type(None) else _describe(arg) for arg in args)
+        said = "none" in typing.get_args(args[0])  # as one of its values
+        return _describe(args[0]) + ("" if said else " or none")
     if origin is tuple:
         return f"a list of {_describe(args[0])}s, separated by commas"
     names = {int: "whole number", float: "number", bool: "true or false", str: "text"}

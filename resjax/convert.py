@@ -34,9 +34,7 @@ def write_checkpoint(
     from resjax import checkpoint
 
     config = configs.validate(config)
-    workdir = epath.Path(workdir).expanduser()
-    if workdir.exists() and any(workdir.iterdir()):
-        raise UsageError(f"--workdir: {workdir} is not empty; choose another")
+    workdir = check_empty(workdir)
     record = {
         "config": dataclasses.asdict(config),
         "derived": {"num_steps": 0},  # a run that is finished
@@ -50,6 +48,14 @@ def write_checkpoint(
     with checkpoint.open_checkpoints(workdir, keep=1) as checkpoints:
         optimizer = {"step": np.int32(0)}  # no buffers: nobody resumes it
         checkpoint.save(checkpoints, 0, variables, optimizer, record)
+
+
+def check_empty(workdir: str | epath.Path) -> epath.Path:
+    """The path of a workdir to be made; raises `UsageError` if something is there."""
+    workdir = epath.Path(workdir).expanduser()
+    if workdir.exists() and not (workdir.is_dir() and not any(workdir.iterdir())):
+        raise UsageError(f"--workdir: {workdir} is not empty; choose another")
+    return workdir
 
 
 def main(args: list[str]) -> int:
@@ -68,14 +74,17 @@ def main(args: list[str]) -> int:
     if flags.model.startswith("cifar_"):
         config = Config(model=flags.model, data=DataConfig("cifar10", image_size=32))
     config = configs.override(config, words)
-    options = build.model_options(config)
-    variables = from_torch(flags.weights, config.model, **options)
-    head = variables["params"].get("head", {"bias": np.zeros(0)})
-    config = dataclasses.replace(config, num_classes=len(head["bias"]))
+    check_empty(flags.workdir)
+    variables = from_torch(flags.weights, config.model, **build.model_options(config))
+    if "head" not in variables["params"]:
+        raise UsageError(f"weights: {flags.weights} has no classifier")
+    num_classes = len(variables["params"]["head"]["bias"])
+    config = dataclasses.replace(config, num_classes=num_classes)
     write_checkpoint(flags.workdir, variables, config)
     records.say(
-        f"{config.model} with {config.num_classes} classes is in {flags.workdir}; "
-        f"python eval.py --workdir={flags.workdir} evaluates it on {config.data.name}"
+        f"{config.model} with {num_classes} classes is in {flags.workdir}, with images as "
+        f"for {config.data.name}; weights trained on images of another mean, deviation or "
+        "crop give other numbers"
     )
     return 0
 

@@ -47,6 +47,8 @@ def normal(variance: Callable[[int, int], float]) -> Initializer:
 
 # Keeps the gradient's variance through a ReLU.
 # Source: He et al. 2015 (arXiv:1502.01852), equation 14.
+# Differs: in a grouped convolution an input reaches only its group's outputs, while fan_out
+# counts all, as in PyTorch and fb.resnet.torch.
 MSRA_FAN_OUT = normal(lambda fan_in, fan_out: 2 / fan_out)
 # Keeps the signal's variance. Source: equation 10.
 MSRA_FAN_IN = normal(lambda fan_in, fan_out: 2 / fan_in)
@@ -157,6 +159,6 @@ def init(
     abstract = jax.eval_shape(model.init, key, images)
     stats = traverse_util.path_aware_map(
         lambda path, leaf: jnp.full(leaf.shape, float(path[-1] == "var"), leaf.dtype),
-        abstract["batch_stats"],
+        abstract.get("batch_stats", {}),
     )
     return {"params": scheme(key, abstract["params"]), "batch_stats": stats}

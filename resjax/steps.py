@@ -20,6 +20,8 @@ from resjax.parallel import AXIS
 Batch = dict[str, jax.Array]
 Transform = Callable[[Batch], jax.Array]  # a device's batch -> images [B, H, W, 3] float
 
+_DROPOUT = 2  # the random domain of what the model draws; augment.py has 1
+
 
 @flax.struct.dataclass
 class TrainState:
@@ -76,6 +78,7 @@ def make_train_step(
       [b] and `position` [b] int32, and sums are those of `classification_sums` over all
       devices, before the update.
     """
+    key = jax.random.fold_in(jax.random.key(seed), _DROPOUT)
 
     def loss_fn(params: Any, state: TrainState, batch: Batch) -> tuple[jax.Array, Any]:
         logits, updates = model.apply(
@@ -83,7 +86,7 @@ def make_train_step(
             augment(batch),
             train=True,
             mutable=["batch_stats"],
-            rngs={"dropout": jax.random.fold_in(jax.random.key(seed), state.step)},
+            rngs={"dropout": jax.random.fold_in(key, state.step)},
         )
         loss = cross_entropy(logits, batch["label"]).sum() / batch_size
         return loss, (updates["batch_stats"], logits)

@@ -4,6 +4,8 @@ Names are torchvision's and timm's ("layer1.0.conv1.weight") for post-activation
 those of timm's `resnetv2_*` ("stages.0.blocks.0.conv1.weight") for pre-activation ones.
 """
 
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,11 +26,11 @@ _LEAVES = {
     "var": "running_var",
 }
 _COUNTER = "num_batches_tracked"  # PyTorch's, of no use here
-_MOST = 10  # differences that an error lists
+_MOST = 5  # differences of each sign that an error lists
 
 
 def from_torch(
-    weights: str | Path | Mapping[str, Any],
+    weights: str | os.PathLike | Mapping[str, Any],
     model: str,
     num_classes: int | None = None,
     **options: Any,
@@ -36,7 +38,7 @@ def from_torch(
     """Variables of a model from the weights of the same one in torchvision or timm.
 
     Args:
-      weights: a .safetensors or .pth file, or {PyTorch's name: array}.
+      weights: a .safetensors or .pth file, or {PyTorch's name: array or tensor}.
       model: a name of `list_models()`.
       num_classes: of the classifier; None = as many as the weights have, 0 = leave the
         classifier out, to put another one on.
@@ -46,16 +48,16 @@ def from_torch(
       {"params", "batch_stats"}, float32.
 
     Raises:
-      UsageError: a file that cannot be read, or weights that do not fit: what the model
-        lacks (+) and what it misses (-), by name and shape.
+      UsageError: a file that cannot be read, or weights that do not fit: what is missing
+        (-) and what is too much (+), by name and shape.
 
     Example:
       variables = resjax.from_torch("model.safetensors", "resnet50")
       logits = resjax.create_model("resnet50").apply(variables, images)
     """
-    arrays = read_weights(weights) if isinstance(weights, str | Path) else weights
+    arrays = weights if isinstance(weights, Mapping) else read_weights(weights)
     arrays = {
-        name: np.asarray(array, np.float32)
+        name: _to_numpy(name, array)
         for name, array in arrays.items()
         if not name.endswith(_COUNTER)
     }
@@ -121,7 +123,7 @@ def torch_name(path: str, model: ResNet) -> str:
             "block takes the input before the activation, not after it (He et al. 2016)"
         )
     if len(modules) == 3:
-        stage, block = (int(name.lstrip("stageblock")) for name in modules[:2])
+        stage, block = (int(re.sub(r"\D", "", name)) for name in modules[:2])
         layer = modules[2].replace("_out", str(last))
         if model.preactivation:
             layer = layer.replace("shortcut_conv", "downsample.conv")
@@ -168,22 +170,33 @@ def _from_torch_layout(array: np.ndarray, ndim: int) -> np.ndarray:
 
 def _check_fit(model: str, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     """Raises `UsageError` unless the names and shapes are the same."""
-    differences = [
-        f"{sign} {name} {list(mine[name])}"
-        for name in sorted({*wanted, *found})
-        for sign, mine, other in (("-", wanted, found), ("+", found, wanted))
-        if name in mine and mine[name] != other.get(name)
-    ]
-    if differences:
-        more = len(differences) - _MOST
+    lines = []
+    for sign, mine, other in (("-", wanted, found), ("+", found, wanted)):
+        names = [name for name in sorted(mine) if mine[name] != other.get(name)]
+        lines += [f"{sign} {name} {list(mine[name])}" for name in names[:_MOST]]
+        if len(names) > _MOST:
+            lines.append(f"{sign} {len(names) - _MOST} more")
+    if lines:
         raise UsageError(
             f"the weights do not fit {model} (- is missing, + is too much): "
-            + "; ".join(differences[:_MOST])
-            + (f"; and {more} more" if more > 0 else "")
+            + "; ".join(lines)
         )
 
 
-def read_weights(path: str | Path) -> dict[str, Any]:
+def _to_numpy(name: str, array: Any) -> np.ndarray:
+    """A float32 copy of an array, or of a tensor of PyTorch wherever it is."""
+    try:
+        if hasattr(array, "detach"):
+            array = array.detach().cpu().float()
+        return np.asarray(array, np.float32)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise UsageError(
+            f"weights: {name!r} is a {type(array).__name__}, not an array; a checkpoint "
+            "often keeps its weights under 'state_dict' or 'model': give those"
+        ) from error
+
+
+def read_weights(path: str | os.PathLike) -> dict[str, Any]:
     """{name: array} of a .safetensors file, or of a .pth file where PyTorch is installed.
 
     Raises:
@@ -195,19 +208,29 @@ def read_weights(path: str | Path) -> dict[str, Any]:
     if path.suffix not in (".safetensors", ".pth"):
         raise UsageError(f"weights: {path} is neither .safetensors nor .pth")
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.flax import load_file
+        return _load_safetensors(path) if path.suffix == ".safetensors" else _load_pth(path)
+    except UsageError:
+        raise
+    except Exception as error:  # of many kinds: cut off, pickled code
+        text = " ".join(str(error).split())[:200]
+        raise UsageError(f"weights: {path} cannot be read: {text}") from error
 
-            return load_file(path)
+
+def _load_safetensors(path: Path) -> dict[str, Any]:
+    from safetensors.flax import load_file
+
+    return load_file(path)
+
+
+def _load_pth(path: Path) -> dict[str, Any]:
+    try:
         import torch
-
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: tensor.float().numpy() for name, tensor in state.items()}
     except ImportError as error:
         raise UsageError(
             f"weights: PyTorch reads {path}, and it is not installed; with it, "
             "safetensors.torch.save_file makes a file that needs no PyTorch"
         ) from error
-    except Exception as error:  # of many kinds: cut off, pickled code, no state_dict
-        text = " ".join(str(error).split())[:200]
-        raise UsageError(f"weights: {path} cannot be read: {text}") from error
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, Mapping):
+        raise UsageError(f"weights: {path} holds a {type(state).__name__}, no weights")
+    return dict(state)

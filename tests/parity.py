@@ -31,7 +31,7 @@ CURVE = {"steps": 50, "size": 32, "batch": 16, "num_classes": 10}
 # part by 1 to 10 % within 50 steps. Large kernels, which batch norm makes slow to turn,
 # and small features keep rounding errors from growing.
 CURVE_WEIGHTS = {"gain": 8.0, "norm": 0.02, "head": 0.1}
-SGD = {"momentum": 0.9, "nesterov": True, "weight_decay": 1e-4}
+SGD = {"momentum": 0.9, "nesterov": True, "weight_decay": 1e-2}
 RATE = 0.01
 MOMENTUM = 0.1  # of PyTorch's running statistics
 

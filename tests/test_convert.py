@@ -81,12 +81,14 @@ def test_a_converted_workdir_is_not_trained_further(converted, command, tmp_path
         ([], "--model"),
         ([f"--model={NAME}", "--config.nothing=1"], "nothing"),
         ([f"--model={NAME}", "--workdir=FULL"], "not empty"),
+        ([f"--model={NAME}", "--workdir=FILE"], "not empty"),
     ],
 )
 def test_bad_words_of_the_command_are_one_line(
     words, message, convert_command, weights, converted, tmp_path
 ):
     words = [word.replace("FULL", str(converted)) for word in words]
+    words = [word.replace("FILE", str(weights)) for word in words]
     if not any(word.startswith("--workdir") for word in words):
         words.append(f"--workdir={tmp_path / 'run'}")
     done = convert_command(weights, *words)

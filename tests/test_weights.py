@@ -154,9 +154,17 @@ def test_what_does_not_fit_is_listed(state):
 
 
 def test_weights_of_another_net_are_refused_briefly(state):
-    with pytest.raises(UsageError, match=r"and \d+ more$") as error:
-        resjax.from_torch(state, "resnet50")
-    assert len(str(error.value)) < 1000
+    prefixed = {f"module.{name}": array for name, array in state.items()}
+    for model, weights in (("resnet50", state), (NAME, prefixed)):
+        with pytest.raises(UsageError, match=r"; - \d+ more; \+ .*; \+ \d+ more$") as error:
+            resjax.from_torch(weights, model)
+        assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model"])
+def test_weights_inside_a_checkpoint_are_asked_for(key, state):
+    with pytest.raises(UsageError, match=f"{key!r} is a dict, not an array.*give those"):
+        resjax.from_torch({key: state, "epoch": 3}, NAME)
 
 
 def test_variables_of_another_net_are_refused(state):
@@ -266,6 +274,30 @@ def test_a_pth_file_is_read_as_weights(state, tmp_path):
     torch.save(tensors, tmp_path / "model.pth")
     back = resjax.to_torch(resjax.from_torch(tmp_path / "model.pth", NAME), NAME)
     assert_same_state(back, state)
+
+
+@pytest.mark.peers
+def test_tensors_are_taken_as_they_are(state):
+    import torch
+
+    tensors = {
+        key: torch.nn.Parameter(torch.from_numpy(array).bfloat16())
+        for key, array in state.items()
+        if array.dtype == np.float32
+    }
+    params = resjax.from_torch(tensors, NAME)["params"]
+    expected = state["fc.bias"].astype(ml_dtypes.bfloat16).astype(np.float32)
+    np.testing.assert_array_equal(params["head"]["bias"], expected)
+
+
+@pytest.mark.peers
+def test_a_pth_file_of_a_whole_checkpoint_is_refused_in_one_line(state, tmp_path):
+    import torch
+
+    tensors = {key: torch.from_numpy(array) for key, array in state.items()}
+    torch.save({"model": tensors, "epoch": 3}, tmp_path / "model.pth")
+    with pytest.raises(UsageError, match="'model' is a dict, not an array"):
+        resjax.from_torch(tmp_path / "model.pth", NAME)
 
 
 class Code:

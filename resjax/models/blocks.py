@@ -174,7 +174,7 @@ class ResidualBlock(nn.Module):
 
 
 def _scaled(y: jax.Array, scale: jax.Array | None) -> jax.Array:
-    return y if scale is None else y * scale.astype(y.dtype)
+    return y if scale is None else (y * scale).astype(y.dtype)
 
 
 class PreActBlock(ResidualBlock):

@@ -22,7 +22,7 @@ def count_params(model: nn.Module, image_size: int = 32) -> int:
     return sum(math.prod(leaf.shape) for leaf in leaves)
 
 
-def count_macs(model: nn.Module, image_size: int = 224) -> int:
+def count_macs(model: nn.Module, image_size: int) -> int:
     """Multiply-adds of convolutions and classifier for one image; biases do not count.
 
     Every module that holds a `kernel` multiplies all of it once for each position of its

@@ -85,7 +85,7 @@ class Stage(nn.Module):
             scales = jnp.array(self.survivals)  # [number of blocks]
             if train:
                 scales = jax.random.bernoulli(self.make_rng("dropout"), scales)
-        loop = self.remat and len(self.survivals) > 2 and not self.is_initializing()
+        loop = self.remat and self._can_loop()
         for i in range(1 if loop else len(self.survivals)):
             block = (self.rest if i else self.first)(name=f"block{i + 1}")
             x = block(x, train, update_stats, None if scales is None else scales[i])
@@ -93,6 +93,17 @@ class Stage(nn.Module):
             rest = None if scales is None else scales[1:]
             x = self._loop(x, train, update_stats, rest)
         return x
+
+    def _can_loop(self) -> bool:
+        """Whether all blocks have parameters and statistics, and nobody looks inside."""
+        names = [f"block{i}" for i in range(2, len(self.survivals) + 1)]
+        return (
+            len(names) > 1
+            and not self.is_initializing()
+            and not self.is_mutable_collection("intermediates")
+            and all(self.has_variable("params", name) for name in names)
+            and all(self.has_variable("batch_stats", name) for name in names)
+        )
 
     def _loop(
         self,
@@ -145,7 +156,7 @@ class ResNet(nn.Module):
       stochastic_depth: the probability that a training step drops the last block's branch;
         it grows linearly with the block from 0.
       remat: keep only the inputs of blocks for the backward pass and compute the rest
-        again.
+        again; a stage is compiled as a loop over its blocks.
       num_classes: logits; 0 = no classifier.
       dtype: of activations and products; parameters, statistics, logits are float32.
       conv: makes the convolutions.
@@ -348,9 +359,12 @@ def create_model(name: str, **options: Any) -> ResNet:
         if option not in OPTIONS:
             raise unknown_name(f"model {name}: option", option, OPTIONS)
     model = MODELS[name](**options)
+    if not isinstance(model.num_classes, int) or model.num_classes < 0:
+        raise UsageError(f"num_classes: {model.num_classes!r} is not 0 or more")
     if model.shortcut not in ("A", "B", "C", "none"):
         raise UsageError(f"shortcut: {model.shortcut!r} is not one of A, B, C, none")
-    if not 0 <= model.stochastic_depth < 1:
+    depth = model.stochastic_depth
+    if not isinstance(depth, int | float) or not 0 <= depth < 1:
         raise UsageError(
             f"stochastic_depth: {model.stochastic_depth!r} is not at least 0 and below 1"
         )

@@ -22,6 +22,7 @@ from flax import traverse_util
 
 import resjax
 from resjax.config import UsageError
+from resjax.initializers import MSRA_FAN_OUT, scheme_from_rules
 from resjax.models.blocks import basic, bottleneck
 from resjax.models.norm import BatchNorm
 from resjax.models.ops import Conv
@@ -325,6 +326,36 @@ def test_rematerialisation_keeps_the_survival_and_the_draw_of_every_block(name, 
     assert_trees_close(actual, expected)
 
 
+@pytest.mark.parametrize("remat", [False, True])
+def test_looking_inside_sees_every_block(remat):
+    model = DEEP["residual"](remat=remat)
+    variables = abstract(model)
+    apply = functools.partial(
+        model.apply, capture_intermediates=True, mutable=["intermediates"]
+    )
+    seen = jax.eval_shape(apply, variables, IMAGES)[1]["intermediates"]
+    assert {"block1", "block6"} <= set(seen["stage1"])
+
+
+class Scale(nn.Module):
+    """A norm without statistics."""
+
+    @nn.compact
+    def __call__(self, x, *, train=False, update_stats=None):
+        return x * self.param("scale", nn.initializers.ones, x.shape[-1:])
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_a_norm_may_have_no_statistics(remat):
+    model = DEEP["residual"](remat=remat, norm=Scale)
+    rules = [(r".*/scale", jax.nn.initializers.ones), (r".*", MSRA_FAN_OUT)]
+    scheme = scheme_from_rules([(r".*bias", jax.nn.initializers.zeros), *rules])
+    variables = jax.eval_shape(lambda: resjax.init(model, jax.random.key(0), scheme))
+    assert not variables["batch_stats"]
+    logits = jax.eval_shape(functools.partial(model.apply, train=True), variables, IMAGES)
+    assert logits.shape == (2, 5)
+
+
 @pytest.mark.parametrize(
     "name, blocks, rate, remat",
     [
@@ -503,6 +534,8 @@ def test_list_models_is_sorted_and_complete():
         ("resnet18", {"shortcut": "D"}, ["shortcut", "'D'", "A, B, C"]),
         ("cifar_resnet20", {"shortcut": "a"}, ["shortcut", "'a'", "A, B, C, none"]),
         ("plain18", {"shortcut": None}, ["shortcut", "None", "none"]),
+        ("resnet18", {"num_classes": -1}, ["num_classes", "-1", "0 or more"]),
+        ("resnet18", {"stochastic_depth": "0.5"}, ["stochastic_depth", "'0.5'", "below 1"]),
         ("resnet18", {"stochastic_depth": 1.0}, ["stochastic_depth", "1.0", "below 1"]),
         ("resnet18", {"stochastic_depth": -0.1}, ["stochastic_depth", "-0.1", "0"]),
         ("plain18", {"stochastic_depth": 0.2}, ["stochastic_depth", "0.2", "shortcut"]),
