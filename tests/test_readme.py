@@ -37,6 +37,7 @@ def test_every_model_named_is_there():
     assert set(re.findall(r"`(\w+)`", families)) <= set(resjax.list_models())
 
 
+@pytest.mark.slow
 def test_the_weights_recipe_runs(tmp_path, monkeypatch):
     from types import SimpleNamespace
 

@@ -19,7 +19,7 @@ BATCH, CLASSES, RATE, DECAY = 16, 4, 0.3, 1e-2
 def tiny_model(group=0, axis_name=None, dtype=jnp.float32):
     norm = partial(BatchNorm, virtual_batch_size=group, axis_name=axis_name)
     return ResNet(
-        (1, 1), basic, 4, downsample=False, num_classes=CLASSES, dtype=dtype, norm=norm
+        (1,), basic, 4, downsample=False, num_classes=CLASSES, dtype=dtype, norm=norm
     )
 
 
@@ -112,8 +112,8 @@ def test_every_step_and_seed_draws_anew_which_branch_it_drops():
             step, parallel.AXIS, in_axes=(None, 0), out_axes=None, devices=jax.devices()[:1]
         )
         states = [mapped(state.replace(step=jnp.int32(i)), batch)[0] for i in range(12)]
-        before = state.params["stage2"]["block1"]["norm_out"]["scale"]
-        ends = [new.params["stage2"]["block1"]["norm_out"]["scale"] for new in states]
+        before = state.params["stage1"]["block1"]["norm_out"]["scale"]
+        ends = [new.params["stage1"]["block1"]["norm_out"]["scale"] for new in states]
         return [bool((end != before).any()) for end in ends]
 
     first, other = kept_last(0), kept_last(1)

@@ -1,5 +1,6 @@
 """Weights go both ways between resjax and PyTorch, and what does not fit is named."""
 
+import functools
 import pickle
 import re
 import sys
@@ -19,6 +20,7 @@ from resjax.weights import torch_name
 NAME = "cifar_resnet20"  # small; its names are those of torchvision's basic blocks
 
 
+@functools.cache
 def torch_shapes(name, **options):
     model = resjax.create_model(name, **options)
     images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)

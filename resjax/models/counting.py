@@ -42,11 +42,11 @@ def count_macs(model: nn.Module, image_size: int) -> int:
     ) -> Any:
         nonlocal macs
         out = call(*args, **kwargs)
-        if context.method_name == "__call__":
-            params = context.module.variables.get("params", {})
-            if hasattr(params.get("kernel"), "shape"):
-                positions = math.prod(out.shape[1:-1])
-                macs += positions * math.prod(params["kernel"].shape)
+        module = context.module
+        if context.method_name == "__call__" and module.has_variable("params", "kernel"):
+            kernel = module.get_variable("params", "kernel")
+            positions = math.prod(out.shape[1:-1])
+            macs += positions * math.prod(kernel.shape)
         return out
 
     with nn.intercept_methods(count):
