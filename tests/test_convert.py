@@ -77,7 +77,6 @@ def test_a_converted_workdir_is_not_trained_further(converted, command, tmp_path
     ("words", "message"),
     [
         (["--model=resnet50"], "do not fit resnet50"),
-        (["--model=cifar_resnet21"], "cifar_resnet20"),
         ([], "--model"),
         ([f"--model={NAME}", "--config.nothing=1"], "nothing"),
         ([f"--model={NAME}", "--workdir=FULL"], "not empty"),

@@ -56,6 +56,7 @@ def test_the_weights_recipe_runs(tmp_path, monkeypatch):
     assert list(scope["stages"]) == ["stage1", "stage2", "stage3", "stage4"]
 
 
+@pytest.mark.slow
 def test_the_ablation_recipe_runs():
     scope = {}
     exec(blocks("python")[0], scope)

@@ -123,9 +123,10 @@ def test_every_model_has_an_expected_count():
     assert sorted(name for name, option in COUNTS if not option) == resjax.list_models()
 
 
-SLOW = {"cifar_resnet1202", "cifar_preact_resnet1001"}  # ten seconds each
+DEEP = re.compile(r".*(152|164|200|1001|1202)(_v1)?")  # up to ten seconds each
 ROWS = [
-    pytest.param(*key, marks=[pytest.mark.slow] if key[0] in SLOW else []) for key in COUNTS
+    pytest.param(*key, marks=[pytest.mark.slow] if DEEP.fullmatch(key[0]) else [])
+    for key in COUNTS
 ]
 
 
