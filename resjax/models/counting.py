@@ -44,7 +44,7 @@ def count_macs(model: nn.Module, image_size: int) -> int:
         out = call(*args, **kwargs)
         module = context.module
         if context.method_name == "__call__" and module.has_variable("params", "kernel"):
-            kernel = module.get_variable("params", "kernel")
+            kernel: Any = module.get_variable("params", "kernel")
             positions = math.prod(out.shape[1:-1])
             macs += positions * math.prod(kernel.shape)
         return out
