@@ -260,7 +260,8 @@ def peers():
 def test_pytorchs_state_goes_there_and_back_and_loads(name, peers):
     import torch
 
-    net = peers.create_net(name, 10)
+    library = "timm" if PEERS[name].startswith("resnetv2") else "torchvision"
+    net = peers.create_net(library, PEERS[name], 10)
     state = {key: tensor.numpy() for key, tensor in net.state_dict().items()}
     back = resjax.to_torch(resjax.from_torch(state, name), name)
     assert_same_state(back, state)

@@ -42,10 +42,9 @@ def declare_torchvision_operators():
     return library  # it must outlive the import
 
 
-def create_net(name, num_classes=parity.NUM_CLASSES):
-    """The net of torchvision or timm that is our model `name`."""
-    _library = declare_torchvision_operators()
-    library, theirs = parity.MODELS[name]
+def create_net(library, theirs, num_classes=parity.NUM_CLASSES):
+    """The net of that name in torchvision or timm."""
+    _operators = declare_torchvision_operators()
     if library == "timm":
         import timm
 
@@ -57,7 +56,7 @@ def create_net(name, num_classes=parity.NUM_CLASSES):
 
 def load(name, num_classes=parity.NUM_CLASSES, dtype=torch.float64, **options):
     """The same with the weights of `parity.weights(..., **options)`."""
-    net = create_net(name, num_classes)
+    net = create_net(*parity.MODELS[name], num_classes)
     shapes = {key: tuple(array.shape) for key, array in net.state_dict().items()}
     arrays = parity.weights(shapes, **options)
     state = {key: torch.from_numpy(array) for key, array in arrays.items()}
