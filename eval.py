@@ -7,7 +7,7 @@ python eval.py --workdir=runs/imagenet_resnet50 --step=450000 --batch_size=500
 import json
 
 from resjax import config as configs
-from resjax import runs
+from resjax import hosts, runs
 
 
 def main(args: list[str]) -> int:
@@ -20,14 +20,23 @@ def main(args: list[str]) -> int:
         "--batch_size", type=int, metavar="N", help="any number (default: as in training)"
     )
     parser.add_argument("--data_dir", metavar="DIR", help="where the data set is")
+    configs.add_cluster_flags(parser)
     flags = parser.parse_args(args)
     if flags.batch_size is not None and flags.batch_size < 1:
         raise configs.UsageError(f"--batch_size: {flags.batch_size} is not 1 or more")
     for name in ("workdir", "data_dir"):
         if getattr(flags, name) == "":
             raise configs.UsageError(f"--{name}: '' is empty; give a folder")
-    print(json.dumps(runs.evaluate(**vars(flags))))
-    return 0
+    values = vars(flags)
+    place = {name: values.pop(name) for name in configs.CLUSTER_FLAGS}
+
+    def run() -> int:
+        result = runs.evaluate(**values)
+        if hosts.is_main():
+            print(json.dumps(result))
+        return 0
+
+    return hosts.run_together(run, **place)
 
 
 if __name__ == "__main__":

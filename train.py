@@ -5,15 +5,16 @@ python train.py --config=configs/imagenet_resnet50.py --config.data.dir=/data/tf
 """
 
 from pathlib import Path
+from typing import Any
 
 from resjax import config as configs
-from resjax import training
+from resjax import hosts, training
 
 HERE = Path(__file__).resolve().parent
 
 
-def parse(args: list[str]) -> tuple[configs.Config, str]:
-    """The config and the workdir that a command line asks for."""
+def parse(args: list[str]) -> tuple[configs.Config, str, dict[str, Any]]:
+    """The config, the workdir and the place among several hosts that flags ask for."""
     parser = configs.ArgumentParser(
         prog="train.py", description=__doc__, epilog=configs.fields_help()
     )
@@ -30,17 +31,19 @@ def parse(args: list[str]) -> tuple[configs.Config, str]:
         metavar="DIR",
         help="where the run is written and resumed from (default: runs/NAME of the config)",
     )
+    configs.add_cluster_flags(parser)
     flags, words = parser.parse_known_args(args)
     if flags.workdir == "":
         raise configs.UsageError("--workdir: '' is empty; give a folder")
     config = configs.override(configs.load_config(flags.config), words)
-    return config, flags.workdir or f"runs/{flags.config.stem}"
+    place = {name: getattr(flags, name) for name in configs.CLUSTER_FLAGS}
+    return config, flags.workdir or f"runs/{flags.config.stem}", place
 
 
 def main(args: list[str]) -> int:
     """Runs the command; returns its exit code."""
-    config, workdir = parse(args)
-    return training.train(config, workdir)
+    config, workdir, place = parse(args)
+    return hosts.run_together(lambda: training.train(config, workdir), **place)
 
 
 if __name__ == "__main__":

@@ -25,4 +25,5 @@ def get_config() -> Config:
         weight_decay=1e-4,
         data=DataConfig(name="cifar10", image_size=32),
         log_every_steps=100,
+        published_error="8.75",
     )

@@ -17,6 +17,7 @@ from flax import linen as nn
 
 from resjax import initializers, optim, parallel, schedules, steps
 from resjax.config import Config, UsageError, unknown_name
+from resjax.loss_scale import init_loss_scale
 from resjax.models.norm import BatchNorm
 from resjax.models.resnet import create_model
 from resjax.steps import Batch, TrainState
@@ -56,7 +57,7 @@ class Run:
 
 
 def build_model(config: Config, axis_name: str | None = None) -> nn.Module:
-    """The model; with `axis_name`, whole-batch statistics join the devices of that axis.
+    """The model; with `axis_name`, statistics join the devices of that axis if they must.
 
     Raises:
       UsageError: an unknown model.
@@ -81,7 +82,7 @@ def model_options(config: Config) -> dict[str, Any]:
 
 def check_devices(config: Config, num_devices: int) -> None:
     """Raises `UsageError` if the global minibatch does not fit so many devices."""
-    batch, group = config.batch_size, config.norm.virtual_batch_size
+    batch = config.batch_size
     if batch % num_devices:
         below = batch - batch % num_devices
         near = f"{below} or {below + num_devices}" if below else str(num_devices)
@@ -89,11 +90,20 @@ def check_devices(config: Config, num_devices: int) -> None:
             f"config.batch_size: {batch} is not divisible by the {num_devices} devices; "
             f"the nearest that are: {near}"
         )
-    per_device = batch // num_devices
-    if group not in (0, batch) and per_device % group:
+    held, microbatch = batch // num_devices, config.microbatch
+    if not 0 < microbatch < held:
+        return
+    if held % microbatch:
         raise UsageError(
-            f"config.norm.virtual_batch_size: {group} does not divide the {per_device} "
-            f"examples of a device (config.batch_size={batch} on {num_devices} devices)"
+            f"config.microbatch: {microbatch} does not divide the {held} examples of a "
+            f"device (config.batch_size={batch} on {num_devices} devices)"
+        )
+    group = config.norm.virtual_batch_size
+    if microbatch % (group or batch):
+        raise UsageError(
+            f"config.norm.virtual_batch_size: {group}, so {group or batch} examples share "
+            f"statistics, and a backward pass of config.microbatch={microbatch} does not "
+            f"hold them; allowed: config.microbatch=0 or a multiple of {group or batch}"
         )
 
 
@@ -187,7 +197,7 @@ def build_optimizer(
     config: Config, schedule: schedules.Schedule
 ) -> optax.GradientTransformation:
     """The optimizer, with the learning rate inside it."""
-    makers = {"sgd": optim.sgd}
+    makers = {"sgd": optim.sgd, "lars": optim.lars}
     return makers[config.optimizer](
         schedule, config.momentum, config.nesterov, config.weight_decay
     )
@@ -307,6 +317,8 @@ def build_evaluation(
         batch_size=batch_size,
         num_shards=jax.device_count(),
         num_threads=config.data.num_threads,
+        host=jax.process_index(),
+        num_hosts=jax.process_count(),
     )
     run_step = parallel.run_on_devices(step, config.parallel)
     return run_step, lambda: parallel.prefetch(batches())
@@ -330,13 +342,16 @@ def build_run(config: Config) -> Run:
     schedule, derived = build_schedule(config, len(source))
     num_steps = derived["num_steps"]
     tx = build_optimizer(config, schedule)
-    train_step = steps.make_train_step(model, tx, augment, config.batch_size, config.seed)
+    train_step = steps.make_train_step(
+        model, tx, augment, config.batch_size, config.seed, config.microbatch
+    )
     eval_step, eval_batches = build_evaluation(config, "test", config.batch_size)
 
     def init_state() -> TrainState:
         key = jax.random.key(config.seed)
         variables = initializers.init(model, key, scheme, config.data.image_size)
-        return parallel.replicate(steps.create_state(variables, tx))
+        loss_scale = init_loss_scale() if config.dtype == "float16" else None
+        return parallel.replicate(steps.create_state(variables, tx, loss_scale))
 
     def train_batches(start_step: int) -> Iterator[Batch]:
         return parallel.prefetch(
@@ -349,6 +364,8 @@ def build_run(config: Config) -> Run:
                 start_step=start_step,
                 num_steps=num_steps,
                 num_threads=config.data.num_threads,
+                host=jax.process_index(),
+                num_hosts=jax.process_count(),
             )
         )
 

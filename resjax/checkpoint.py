@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import Sharding
 
 from resjax.config import UsageError
+from resjax.loss_scale import all_finite
 
 
 @contextlib.contextmanager
@@ -23,6 +23,8 @@ def open_checkpoints(
     workdir: epath.Path, keep: int | None = None
 ) -> Iterator[ocp.CheckpointManager]:
     """The checkpoints of a workdir; on leaving, waits until all are written.
+
+    After an error in one of several processes it does not: the others may be gone.
 
     Args:
       workdir: of the run; `checkpoints/` is made in it at the first save.
@@ -32,12 +34,18 @@ def open_checkpoints(
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep, create=writes, cleanup_tmp_directories=writes
     )
-    with ocp.CheckpointManager(
+    manager = ocp.CheckpointManager(
         (workdir / "checkpoints").resolve(),
         options=options,
         item_names=("variables", "optimizer", "record"),
-    ) as manager:
+    )
+    try:
         yield manager
+    except BaseException:
+        if jax.process_count() == 1:
+            manager.close()
+        raise
+    manager.close()
 
 
 def save(
@@ -52,7 +60,7 @@ def save(
     Raises:
       FloatingPointError: a variable that is not finite; nothing is written.
     """
-    if not all_finite(variables):
+    if not jax.jit(all_finite)(variables):
         raise FloatingPointError(f"the parameters are not finite after step {step}")
     manager.save(
         step,
@@ -62,12 +70,6 @@ def save(
             record=ocp.args.JsonSave(record),
         ),
     )
-
-
-@jax.jit
-def all_finite(tree: Any) -> jax.Array:
-    """[] bool: no array of the tree holds an infinity or a NaN."""
-    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
 
 
 def pick_step(manager: ocp.CheckpointManager, step: int | None) -> int:

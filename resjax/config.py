@@ -24,6 +24,13 @@ class UsageError(ValueError):
     """Something the user typed or pointed at is wrong; the message is one line."""
 
 
+class RunError(RuntimeError):
+    """A run that was asked for rightly cannot go on; the message is one line."""
+
+
+EXPECTED_ERRORS = (UsageError, RunError, KeyboardInterrupt)
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
     """A `UsageError` that offers the nearest of the `known` names, or all of them."""
     known = sorted(known)
@@ -97,12 +104,14 @@ class Config:
     model: str = "cifar_resnet20"
     model_kwargs: ModelKwargs = ModelKwargs()
     num_classes: int = _positive(10)
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations and products
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the computation
     init: str = "msra_fan_out"
     norm: NormConfig = NormConfig()
 
     batch_size: int = _positive(128)  # the global minibatch, kn
-    optimizer: Literal["sgd"] = "sgd"
+    # Examples of a device in one backward pass, the rest following; 0 = all at once.
+    microbatch: int = _not_negative(0)
+    optimizer: Literal["sgd", "lars"] = "sgd"
     lr_per_256: float = _positive(0.1)
     schedule: Literal["step", "cosine"] = "step"
     warmup: Literal["goyal", "gradual", "constant", "none"] = "goyal"
@@ -120,12 +129,15 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
     parallel: Literal["pmap", "shard_map"] = "pmap"
     log_every_steps: int = _positive(20)
+    published_error: str | None = None  # top-1 % of the source, which report.py shows
 
 
 # Fields that cannot change the numbers of a run, and so may differ when it resumes.
 FREE_FIELDS = (
     "parallel",
+    "microbatch",
     "log_every_steps",
+    "published_error",
     "data.dir",
     "data.num_threads",
     "checkpoint.every_steps",
@@ -309,6 +321,21 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
+CLUSTER_FLAGS = ("coordinator_address", "num_processes", "process_id")
+
+
+def add_cluster_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags with which one of several processes finds the others."""
+    flags = parser.add_argument_group(
+        "several hosts", "found in the environment of SLURM, TPU pods, GKE; elsewhere:"
+    )
+    flags.add_argument(
+        "--coordinator_address", metavar="HOST:PORT", help="where process 0 listens"
+    )
+    flags.add_argument("--num_processes", type=int, metavar="N", help="of the run")
+    flags.add_argument("--process_id", type=int, metavar="I", help="of this one, from 0")
+
+
 def fields_help() -> str:
     """The config fields, their types and defaults, as lines of a help text."""
     lines = ["config fields, set with --config.FIELD=VALUE, and their defaults:"]
@@ -354,17 +381,28 @@ def override(config: Config, words: Iterable[str]) -> Config:
         if not equals:
             raise UsageError(f"--config.{name}: write --config.{name}=VALUE")
         flat[name] = _from_text(text, known[name].type)
-    return validate(unflatten(flat))
+    changed = unflatten(flat)
+    reseeded = dataclasses.replace(changed, seed=config.seed)
+    told = changed.published_error != config.published_error
+    if differences(config, reseeded) and not told:  # a source reports its own recipe
+        changed = dataclasses.replace(changed, published_error=None)
+    return validate(changed)
+
+
+def report_error(error: BaseException) -> int:
+    """Says on standard error what one of `EXPECTED_ERRORS` is; returns the exit code."""
+    name, line = Path(sys.argv[0]).name, " ".join(str(error).split())
+    if isinstance(error, KeyboardInterrupt):
+        code, line = 130, "interrupted"
+    else:
+        code, line = (1, line) if isinstance(error, RunError) else (2, f"error: {line}")
+    print(f"{name}: {line}", file=sys.stderr)
+    return code
 
 
 def run_command(main: Callable[[list[str]], int]) -> NoReturn:
-    """Runs `main(arguments)` and exits with its code; a `UsageError` is one line and 2."""
+    """Runs `main(arguments)` and exits with its code; expected errors are one line."""
     try:
         sys.exit(main(sys.argv[1:]))
-    except UsageError as error:
-        line = " ".join(str(error).split())  # a path may hold a line break
-        print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
-        sys.exit(130)
+    except EXPECTED_ERRORS as error:
+        sys.exit(report_error(error))

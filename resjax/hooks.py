@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from resjax import hosts
 from resjax.loop import Hook
 from resjax.metrics import Sums, summarize
 from resjax.records import Record
@@ -149,7 +150,7 @@ def progress_bar(num_images: int, done: int, what: str) -> Any:
         desc=what,
         unit="img",
         unit_scale=True,
-        disable=None,
+        disable=None if hosts.is_main() else True,
         dynamic_ncols=True,
         leave=False,
     )

@@ -1,6 +1,7 @@
 """Runs per-device programs on all devices: pmap or shard_map, same function, same numbers.
 
-State has no device axis: it is replicated. Batches have a leading device axis.
+State has no device axis: it is replicated. Batches have a leading device axis. With several
+hosts every process runs the same program on its own devices.
 """
 
 from collections import deque
@@ -15,12 +16,24 @@ from jax.sharding import PartitionSpec as P
 AXIS = "devices"  # the mapped axis of all per-device programs
 
 
+def _devices() -> list[jax.Device]:
+    """Those of all processes, each process's together."""
+    return sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+
+
 def _mesh() -> Mesh:
-    return Mesh(np.array(jax.devices()), (AXIS,))
+    return Mesh(np.array(_devices()), (AXIS,))
 
 
 def _with_pmap(step: Callable, donate: tuple[int, ...]) -> Callable:
-    return jax.pmap(step, AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=donate)
+    return jax.pmap(
+        step,
+        AXIS,
+        in_axes=(None, 0),
+        out_axes=None,
+        donate_argnums=donate,
+        devices=_devices(),
+    )
 
 
 def _with_shard_map(step: Callable, donate: tuple[int, ...]) -> Callable:
@@ -62,20 +75,33 @@ def replicated() -> NamedSharding:
 
 
 def replicate(tree: Any) -> Any:
-    """The arrays of `tree`, one copy on every device."""
+    """The arrays of `tree`, the same in every process, one copy on every device."""
     return jax.device_put(tree, replicated())
 
 
-def shard(batch: Any) -> Any:
-    """Host arrays [B, ...] as device arrays [devices, B / devices, ...].
+def as_global(tree: Any) -> Any:
+    """Replicated arrays as arrays of all processes, which pmap leaves to each its own."""
 
-    Device d holds the d-th contiguous slice.
+    def join(x: jax.Array) -> jax.Array:
+        if not x.is_fully_addressable or jax.process_count() == 1:
+            return x
+        copies = [shard.data for shard in x.addressable_shards]
+        return jax.make_array_from_single_device_arrays(x.shape, replicated(), copies)
+
+    return jax.tree.map(join, tree)
+
+
+def shard(batch: Any) -> Any:
+    """A host's arrays [b, ...] as arrays of all devices [devices, b / local devices, ...].
+
+    Host h holds the h-th contiguous slice of the global batch, and so does each of its
+    devices of that slice.
     """
-    mesh = _mesh()
+    sharding = NamedSharding(_mesh(), P(AXIS))
 
     def put(x: np.ndarray) -> jax.Array:
-        x = x.reshape(mesh.size, -1, *x.shape[1:])
-        return jax.device_put(x, NamedSharding(mesh, P(AXIS)))
+        x = x.reshape(jax.local_device_count(), -1, *x.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, x)
 
     return jax.tree.map(put, batch)
 

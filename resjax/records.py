@@ -1,4 +1,7 @@
-"""What a run writes down: `metrics.jsonl`, TensorBoard events, `curves.png`."""
+"""What a run writes down: `metrics.jsonl`, TensorBoard events, `curves.png`.
+
+With several processes all of them call these functions, and the main one writes.
+"""
 
 import contextlib
 import json
@@ -9,6 +12,7 @@ from typing import Any
 from etils import epath
 from tqdm import tqdm
 
+from resjax import hosts
 from resjax.config import UsageError
 
 Record = dict[str, Any]
@@ -16,12 +20,16 @@ Record = dict[str, Any]
 
 def say(text: str) -> None:
     """Prints a line to standard output, above a progress bar if there is one."""
+    if not hosts.is_main():
+        return
     tqdm.write(text, file=sys.stdout)
     sys.stdout.flush()
 
 
 def write_json(path: epath.Path, value: Any) -> None:
     """Writes a JSON file whole or not at all."""
+    if not hosts.is_main():
+        return
     draft = path.with_name(path.name + ".tmp")
     draft.write_text(json.dumps(value, indent=2) + "\n")
     draft.replace(path)
@@ -34,8 +42,8 @@ def read_metrics(workdir: epath.Path) -> list[Record]:
       UsageError: a damaged line.
     """
     path = workdir / "metrics.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
     try:
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []
         return [json.loads(line) for line in lines]
     except ValueError as error:
         raise UsageError(f"{path} is damaged: {error}") from error
@@ -52,6 +60,9 @@ def open_metrics(
     """
     from tensorboardX import SummaryWriter
 
+    if not hosts.is_main():
+        yield lambda record: None
+        return
     path = workdir / "metrics.jsonl"
     kept = [record for record in read_metrics(workdir) if record["step"] <= start_step]
     draft = path.with_name(path.name + ".tmp")
@@ -74,6 +85,8 @@ def plot_curves(workdir: epath.Path, title: str) -> None:
     """Draws `curves.png` from `metrics.jsonl`: loss, top-1 error and learning rate."""
     from matplotlib.figure import Figure
 
+    if not hosts.is_main():
+        return
     records = read_metrics(workdir)
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     figure.suptitle(title)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import linen as nn
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Sharding, SingleDeviceSharding
 
 from resjax import build, loop, parallel, records
 from resjax import config as configs
@@ -56,8 +56,9 @@ def evaluate(
         eval_step, batches = build.build_evaluation(
             config, split, batch_size or config.batch_size
         )
-        variables = _restore_variables(checkpoints, step, build.build_model(config))
-    means = loop.evaluate(eval_step, parallel.replicate(variables), batches())
+        model, sharding = build.build_model(config), parallel.replicated()
+        variables = _restore_variables(checkpoints, step, model, sharding)
+    means = loop.evaluate(eval_step, variables, batches())
     result = {
         **{name: means[name] for name in ("top1", "top5", "loss", "num_examples")},
         "step": step,
@@ -111,13 +112,14 @@ def check_is_run(workdir: epath.Path) -> None:
         raise UsageError(f"{workdir} has no checkpoints; it holds {there[:10]}")
 
 
-def _restore_variables(checkpoints: Any, step: int, model: nn.Module) -> dict[str, Any]:
+def _restore_variables(
+    checkpoints: Any, step: int, model: nn.Module, sharding: Sharding
+) -> dict[str, Any]:
     from resjax import checkpoint
 
     images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
-    device = SingleDeviceSharding(jax.local_devices()[0])
-    like = checkpoint.abstract(shapes, device)
+    like = checkpoint.abstract(shapes, sharding)
     return checkpoint.restore_arrays(checkpoints, step, variables=like)["variables"]
 
 
@@ -144,7 +146,8 @@ def restore(workdir: str | epath.Path, step: int | None = None) -> Restored:
         record = checkpoint.restore_record(checkpoints, step)
         config = configs.from_dict(record["config"])
         model = build.build_model(config)
-        variables = _restore_variables(checkpoints, step, model)
+        device = SingleDeviceSharding(jax.local_devices()[0])
+        variables = _restore_variables(checkpoints, step, model, device)
     preprocess = build.build_preprocess(config)
 
     @jax.jit

@@ -4,6 +4,7 @@ Knows no config and no data set.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.struct
@@ -13,6 +14,7 @@ import optax
 from flax import linen as nn
 from jax import lax
 
+from resjax.loss_scale import LossScale, all_finite
 from resjax.losses import cross_entropy
 from resjax.metrics import Sums, classification_sums
 from resjax.parallel import AXIS
@@ -32,12 +34,14 @@ class TrainState:
       params: parameters, float32.
       batch_stats: running statistics of the norms, float32.
       opt_state: the optimizer's buffers.
+      loss_scale: of a float16 computation; None = the loss is not scaled.
     """
 
     step: jax.Array
     params: Any
     batch_stats: Any
     opt_state: Any
+    loss_scale: LossScale | None = None
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -47,13 +51,19 @@ class TrainState:
     @property
     def optimizer(self) -> dict[str, Any]:
         """The rest."""
-        return {"step": self.step, "opt_state": self.opt_state}
+        rest = {"step": self.step, "opt_state": self.opt_state}
+        return rest if self.loss_scale is None else {**rest, "loss_scale": self.loss_scale}
 
 
-def create_state(variables: dict[str, Any], tx: optax.GradientTransformation) -> TrainState:
+def create_state(
+    variables: dict[str, Any],
+    tx: optax.GradientTransformation,
+    loss_scale: LossScale | None = None,
+) -> TrainState:
     """The state before the first update."""
     params, stats = variables["params"], variables["batch_stats"]
-    return TrainState(jnp.zeros((), jnp.int32), params, stats, tx.init(params))
+    step = jnp.zeros((), jnp.int32)
+    return TrainState(step, params, stats, tx.init(params), loss_scale)
 
 
 def make_train_step(
@@ -62,6 +72,7 @@ def make_train_step(
     augment: Transform,
     batch_size: int,
     seed: int = 0,
+    microbatch: int = 0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
     """The update of one device, to be run under the mapped axis `AXIS`.
 
@@ -72,11 +83,15 @@ def make_train_step(
       batch_size: the global minibatch kn, by which the loss is divided, so that the sum
         over devices is the mean over the minibatch (Goyal et al. 2017, remark 3).
       seed: of what the model draws (stochastic depth), the same on all devices.
+      microbatch: examples of one backward pass; a device that holds more goes through them
+        one microbatch after another, adds up the gradients and updates once. Norms must
+        then take their statistics over examples of a microbatch. 0 = all at once.
 
     Returns:
       (state, batch) -> (state, sums), where batch has `image` [b, H, W, 3] uint8, `label`
       [b] and `position` [b] int32, and sums are those of `classification_sums` over all
-      devices, before the update.
+      devices, before the update. If the state has a loss scale, sums also has `skipped`
+      [] bool: the gradients overflowed, and nothing in the state changed but the scale.
     """
     key = jax.random.fold_in(jax.random.key(seed), _DROPOUT)
 
@@ -89,21 +104,54 @@ def make_train_step(
             rngs={"dropout": jax.random.fold_in(key, state.step)},
         )
         loss = cross_entropy(logits, batch["label"]).sum() / batch_size
-        return loss, (updates["batch_stats"], logits)
+        if state.loss_scale is not None:
+            loss = loss * state.loss_scale.value
+        sums = classification_sums(logits, batch["label"])
+        return loss, (updates["batch_stats"], sums)
+
+    def device_gradients(state: TrainState, batch: Batch) -> tuple[Any, Any, Sums]:
+        """Gradients, new statistics and sums of a device's examples."""
+
+        def of_part(part: Batch) -> tuple[Any, Any, Sums]:
+            grads, aux = jax.grad(loss_fn, has_aux=True)(state.params, state, part)
+            return grads, *aux
+
+        local_size = len(batch["label"])
+        if not 0 < microbatch < local_size:
+            return of_part(batch)
+        parts = jax.tree.map(lambda x: x.reshape(-1, microbatch, *x.shape[1:]), batch)
+
+        def add_part(total: Any, part: Batch) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, of_part(part)), None
+
+        shapes = jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], parts))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        (grads, batch_stats, sums), _ = lax.scan(add_part, zeros, parts)
+        mean = jax.tree.map(lambda x: x * (microbatch / local_size), batch_stats)
+        return grads, mean, sums
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
-        grad_fn = jax.grad(loss_fn, has_aux=True)
-        grads, (batch_stats, logits) = grad_fn(state.params, state, batch)
-        grads = lax.psum(grads, AXIS)
+        grads, batch_stats, sums = device_gradients(state, batch)
+        grads, sums = lax.psum((grads, sums), AXIS)
+        batch_stats = lax.pmean(batch_stats, AXIS)
+        scale = state.loss_scale
+        if scale is not None:
+            grads = jax.tree.map(lambda g: g / scale.value, grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        sums = classification_sums(logits, batch["label"])
-        state = TrainState(
+        new = TrainState(
             step=state.step + 1,
             params=optax.apply_updates(state.params, updates),
-            batch_stats=lax.pmean(batch_stats, AXIS),
+            batch_stats=batch_stats,
             opt_state=opt_state,
+            loss_scale=scale,
         )
-        return state, lax.psum(sums, AXIS)
+        if scale is not None:
+            finite = all_finite((grads, batch_stats))
+            skipped = ~finite & (scale.value > 1)  # at 1 it is no matter of scale
+            new = jax.tree.map(partial(jnp.where, skipped), state, new)
+            new = new.replace(loss_scale=scale.adjust(finite))
+            sums["skipped"] = skipped
+        return new, sums
 
     return train_step
 

@@ -4,16 +4,16 @@ import contextlib
 import dataclasses
 import json
 import math
-import sys
 import time
+import zlib
 from typing import Any
 
 import jax
 from etils import epath
 
-from resjax import build, checkpoint, hooks, loop, parallel, records
+from resjax import build, checkpoint, hooks, hosts, loop, parallel, records
 from resjax import config as configs
-from resjax.config import Config, UsageError
+from resjax.config import Config, RunError, UsageError
 from resjax.steps import TrainState
 
 
@@ -25,10 +25,10 @@ def train(config: Config, workdir: str | epath.Path) -> int:
       workdir: folder of the run, made if need be.
 
     Returns:
-      0 when the run is finished, 128 + n after it was stopped by signal n and saved, 1 if
-      it could not go on.
+      0 when the run is finished, 128 + n after it was stopped by signal n and saved.
 
     Raises:
+      RunError: it could not go on; the last checkpoint is kept.
       UsageError: something in the config, data or workdir does not fit; nothing was
         written.
     """
@@ -41,6 +41,7 @@ def train(config: Config, workdir: str | epath.Path) -> int:
             "for another run choose another --workdir"
         )
         return 0
+    check_agreement(config, latest)
     run = build.build_run(config)
     make_workdir(workdir)
     with checkpoint.open_checkpoints(workdir, config.checkpoint.keep) as checkpoints:
@@ -54,6 +55,7 @@ def train(config: Config, workdir: str | epath.Path) -> int:
             )
             state = TrainState(**items["variables"], **items["optimizer"])
         records.write_json(workdir / "config.json", dataclasses.asdict(config))
+        check_shared(workdir)
         introduce(config, run, workdir, latest)
         return _fit(config, run, workdir, state, checkpoints)
 
@@ -94,11 +96,35 @@ def _check_same(workdir: epath.Path, stored: Config, config: Config) -> None:
         )
 
 
+def check_agreement(config: Config, latest: int | None) -> None:
+    """Raises `UsageError` if the processes of a run are not about to do the same."""
+    flat = configs.flatten(config)
+    own = ("data.dir", "data.num_threads")  # may be a host's own
+    shared = json.dumps({name: flat[name] for name in flat if name not in own})
+    if not hosts.is_same(zlib.crc32(shared.encode())):
+        raise UsageError("--config: the processes of the run have different configs")
+    if not hosts.is_same(-1 if latest is None else latest):
+        raise UsageError(
+            f"--workdir: process {jax.process_index()} finds checkpoint {latest} in it, "
+            "another process another; all must see one folder"
+        )
+
+
+def check_shared(workdir: epath.Path) -> None:
+    """Raises `UsageError` if a process does not see what the main one has written."""
+    seen = hosts.is_same(0) and (workdir / "config.json").exists()  # waits for all
+    if not seen:
+        raise UsageError(
+            f"--workdir: {workdir} of process {jax.process_index()} is not that of "
+            "process 0; all must see one folder"
+        )
+
+
 def make_workdir(workdir: epath.Path) -> None:
     """Makes the folder of a run; raises `UsageError` if it cannot be written."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / ".writable"
+        probe = workdir / f".writable{jax.process_index()}"
         probe.write_text("")
         probe.unlink()
     except OSError as error:
@@ -164,6 +190,7 @@ def _fit(
             report(run.num_steps, log.latest, test)
 
         def save(step: int, state: TrainState) -> None:
+            state = parallel.as_global(state)
             checkpoint.save(checkpoints, step, state.variables, state.optimizer, record)
 
         def save_due(step: int) -> bool:
@@ -192,7 +219,7 @@ def _fit(
         except UsageError:  # of the data: the same one line as before the run
             raise
         except (FloatingPointError, OSError, ValueError) as error:
-            return _failed(error, checkpoints)
+            raise _failure(error, checkpoints) from error
     if step < run.num_steps:
         records.say(f"stopped by signal {received[0]}; step {step} is saved")
         return 128 + received[0]
@@ -211,10 +238,11 @@ def report(num_steps: int, train: records.Record, test: records.Record) -> None:
     records.say((line + speed).rstrip())
 
 
-def _failed(error: Exception, checkpoints: Any) -> int:
-    """Says in one line why training stopped and what is kept; returns the exit code."""
-    with contextlib.suppress(Exception):  # a save that fails is the error itself
-        checkpoints.wait_until_finished()
+def _failure(error: Exception, checkpoints: Any) -> RunError:
+    """Why training stopped and what is kept, in one line."""
+    if jax.process_count() == 1:  # others may be gone
+        with contextlib.suppress(Exception):  # a save that fails is the error itself
+            checkpoints.wait_until_finished()
     checkpoints.reload()
     latest = checkpoints.latest_step()
     kept = f"the checkpoint of step {latest} is kept" if latest else "nothing was saved yet"
@@ -224,5 +252,4 @@ def _failed(error: Exception, checkpoints: Any) -> int:
             "; a lower --config.lr_per_256, a longer --config.warmup_epochs or another "
             "--config.init may help (in a new --workdir)"
         )
-    print(line, file=sys.stderr)
-    return 1
+    return RunError(line)

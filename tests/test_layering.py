@@ -12,6 +12,7 @@ ORDER = [
     "analysis.resnext",
     "runs",
     "convert",
+    "report",
     "training",
     "build",
     "hooks",
@@ -20,6 +21,7 @@ ORDER = [
     "steps",
     "checkpoint",
     "parallel",
+    "hosts",
     "weights",
     "models.counting",
     "models.resnet",
@@ -38,6 +40,7 @@ ORDER = [
     "schedules",
     "metrics",
     "losses",
+    "loss_scale",
     "config",
 ]
 MODULES = sorted((ROOT / "resjax").rglob("*.py"))

@@ -2,10 +2,14 @@
 
 import math
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from resjax import schedules
+from resjax.build import build_schedule
+from resjax.config import Config
 
 
 def values(schedule, steps):
@@ -48,3 +52,54 @@ def test_constant_warmup_jumps():
     after = schedules.step_decay(3.2, [])
     rate = schedules.warm_up(after, "constant", start=0.1, peak=3.2, steps=4)
     np.testing.assert_allclose(values(rate, range(6)), [0.1] * 4 + [3.2] * 2, rtol=1e-6)
+
+
+# --- Goyal et al. 2017 on ImageNet's 1,281,167 images, through the config ---------------
+
+# kn: the peak rate, and the first steps of epochs 5, 30, 60, 80 and 90 (the end), which are
+# epoch * 1,281,167 / kn, rounded.
+GOYAL = {
+    256: (0.1, (25_023, 150_137, 300_274, 400_365, 450_410)),
+    8192: (3.2, (782, 4_692, 9_384, 12_511, 14_075)),
+    16384: (6.4, (391, 2_346, 4_692, 6_256, 7_038)),
+}
+
+
+def goyal_schedule(kn, warmup="goyal"):
+    """Of 90 epochs with drops at 30, 60 and 80 and five epochs of warmup from 0.1."""
+    config = Config(
+        batch_size=kn,
+        lr_per_256=0.1,
+        schedule="step",
+        warmup=warmup,
+        warmup_epochs=5.0,
+        drop_epochs=(30.0, 60.0, 80.0),
+        num_epochs=90.0,
+    )
+    return build_schedule(config, 1_281_167)
+
+
+@pytest.mark.parametrize("warmup", ["goyal", "gradual", "constant", "none"])
+@pytest.mark.parametrize("kn", GOYAL)
+def test_rates_at_named_steps_are_those_of_goyal(kn, warmup):
+    peak, (warm, *drops, end) = GOYAL[kn]
+    schedule, derived = goyal_schedule(kn, warmup)
+    assert (derived["num_steps"], derived["drop_steps"]) == (end, drops)
+    gradual = [0.1, 0.1 + (peak - 0.1) / warm, 0.1 + (peak - 0.1) * (warm - 1) / warm]
+    start = {"constant": [0.1] * 3, "none": [peak] * 3}.get(warmup, gradual)
+    expected = dict(zip([0, 1, warm - 1], start, strict=True))
+    expected |= {warm: peak, warm + 1: peak}
+    for i, drop in enumerate(drops):
+        expected |= {drop - 1: peak / 10**i, drop: peak / 10 ** (i + 1)}
+    expected[end - 1] = peak / 1000
+    rates = values(schedule, expected)
+    np.testing.assert_allclose(rates, list(expected.values()), rtol=1e-6)
+
+
+@pytest.mark.parametrize("kn", [8192, 16384])
+def test_gradual_warmup_of_imagenet_climbs_evenly_from_exactly_the_base_rate(kn):
+    peak, (warm, *_) = GOYAL[kn]
+    rates = np.asarray(jax.jit(jax.vmap(goyal_schedule(kn)[0]))(jnp.arange(warm + 1)))
+    assert (rates[0], rates[warm]) == (np.float32(0.1), np.float32(peak))
+    increments = np.diff(rates.astype(np.float64))
+    np.testing.assert_allclose(increments, (peak - 0.1) / warm, atol=6e-7)

@@ -7,6 +7,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import lax
 
@@ -20,9 +21,10 @@ class BatchNorm(nn.Module):
     over the virtual batches of the input.
 
     Attributes:
-      virtual_batch_size: examples that share statistics; 0 = all of the input, joined
-        over the devices of `axis_name` if one is given.
-      axis_name: the mapped axis over which `virtual_batch_size=0` joins devices.
+      virtual_batch_size: consecutive examples that share statistics, over the devices of
+        `axis_name` if they are more than a device holds; 0 = all.
+      axis_name: the mapped axis whose devices hold consecutive slices of the batch; None:
+        the input is the whole batch.
       decay: new running average = decay * old + (1 - decay) * batch.
       epsilon: added to the variance.
 
@@ -51,7 +53,7 @@ class BatchNorm(nn.Module):
           [B, ..., C], the dtype of `x`.
 
         Raises:
-          ValueError: a batch that the virtual batches do not divide, a single value a
+          ValueError: virtual batches that do not divide the batch, a single value a
             channel, or an update of statistics that were not computed.
         """
         update_stats = train if update_stats is None else update_stats
@@ -63,17 +65,11 @@ class BatchNorm(nn.Module):
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels)
         running_var = self.variable("batch_stats", "var", jnp.ones, channels)
 
-        grouped = x.astype(jnp.float32)
+        parts = x.astype(jnp.float32)
         if not train:
             mean, var = running_mean.value, running_var.value  # [C]
         else:
-            size = self.virtual_batch_size or x.shape[0]
-            if x.shape[0] % size:
-                raise ValueError(
-                    f"virtual_batch_size={size} does not divide a batch of {x.shape[0]}"
-                )
-            grouped = grouped.reshape(-1, size, *x.shape[1:])  # [G, n, ..., C]
-            mean, var, count = self._moments(grouped)  # [G, 1, ..., C]
+            parts, mean, var, count = self._moments(parts)  # [P, p, ..., C], [P, 1, ..., C]
             if count < 2:
                 raise ValueError("batch statistics need more than one value a channel")
             if update_stats and not self.is_initializing():
@@ -81,19 +77,54 @@ class BatchNorm(nn.Module):
                 for running, batch in ((running_mean, mean), (running_var, unbiased)):
                     batch = batch.reshape(-1, *channels).mean(axis=0)  # [C]
                     running.value = self.decay * running.value + (1 - self.decay) * batch
-        y = (grouped - mean) * (lax.rsqrt(var + self.epsilon) * scale) + bias
+        y = (parts - mean) * (lax.rsqrt(var + self.epsilon) * scale) + bias
         return y.reshape(x.shape).astype(x.dtype)
 
-    def _moments(self, x: jax.Array) -> tuple[jax.Array, jax.Array, int]:
-        """Mean and biased variance of each group of [G, n, ..., C], and their count."""
+    def _moments(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, int]:
+        """The input in parts that each lie in one group, and the moments of those groups.
+
+        Returns:
+          `x` as [P, p, ..., C], mean and biased variance of the group of each part
+          [P, 1, ..., C], and how many values a channel they are taken over.
+        """
+        local = x.shape[0]
+        devices = lax.axis_size(self.axis_name) if self.axis_name else 1
+        size = self.virtual_batch_size or local * devices
+        if local * devices % size:
+            raise ValueError(
+                f"virtual_batch_size={size} does not divide a batch of {local * devices}"
+            )
+        part = math.gcd(size, local)
+        x = x.reshape(-1, part, *x.shape[1:])
         axes = tuple(range(1, x.ndim - 1))
-        count = math.prod(x.shape[1:-1])
-        joined = self.axis_name is not None and not self.virtual_batch_size
+        mean = x.mean(axes, keepdims=True)
+        var = jnp.square(x - mean).mean(axes, keepdims=True)
+        if size > part:
+            mean, var = self._join(mean, var, size // part, devices)
+        return x, mean, var, size * math.prod(x.shape[2:-1])
 
-        def average(values: jax.Array) -> jax.Array:
-            values = values.mean(axes, keepdims=True)
-            return lax.pmean(values, self.axis_name) if joined else values
+    def _join(
+        self, mean: jax.Array, var: jax.Array, group: int, devices: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """Moments [P, ...] of a device's parts -> of their groups of `group` parts each.
 
-        mean = average(x)
-        var = average(jnp.square(x - mean))
-        return mean, var, count * (lax.axis_size(self.axis_name) if joined else 1)
+        As few neighbouring devices are joined as hold whole groups.
+        """
+        local = len(mean)
+        joined = math.lcm(group, local) // local
+        neighbours = np.arange(devices).reshape(-1, joined).tolist()
+        moments = lax.all_gather(
+            jnp.stack([mean, var]),
+            self.axis_name,
+            axis=1,
+            axis_index_groups=neighbours,
+            tiled=True,
+        )  # [2, joined * P, ...]
+        means, variances = moments.reshape(2, -1, group, *mean.shape[1:])
+        mean = means.mean(axis=1)  # [G, ...]
+        var = (variances + jnp.square(means - mean[:, None])).mean(axis=1)
+        if len(mean) == 1:
+            return mean, var
+        first = lax.axis_index(self.axis_name) % joined * local
+        mine = (first + jnp.arange(local)) // group
+        return mean[mine], var[mine]

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -114,10 +115,15 @@ def test_the_gradient_passes_through_the_statistics(size):
 def on_devices(run, runner, count):
     """`run` over `count` devices with the axis "devices"; whole batches in and out."""
     devices = jax.devices()[:count]
+
+    def per_device(variables, x, weights):
+        y, gradient, stats = run(variables, x, weights)
+        return y, gradient, lax.pmean(stats, "devices")
+
     if runner == "shard_map":
         return jax.jit(
             jax.shard_map(
-                run,
+                per_device,
                 mesh=Mesh(np.array(devices), ("devices",)),
                 in_specs=(P(), P("devices"), P("devices")),
                 out_specs=(P("devices"), P("devices"), P()),
@@ -125,7 +131,11 @@ def on_devices(run, runner, count):
             )
         )
     mapped = jax.pmap(
-        run, "devices", in_axes=(None, 0, 0), out_axes=(0, 0, None), devices=devices
+        per_device,
+        "devices",
+        in_axes=(None, 0, 0),
+        out_axes=(0, 0, None),
+        devices=devices,
     )
 
     def whole(variables, x, weights):
@@ -137,30 +147,32 @@ def on_devices(run, runner, count):
 
 
 @pytest.mark.parametrize("runner", ["pmap", "shard_map"])
-@pytest.mark.parametrize("count", [4, 8])
-def test_joined_devices_equal_one_device_on_the_whole_batch(count, runner):
-    x, variables = make_inputs(batch=16), make_variables()
-    # Slices of unlike mean: the statistics of a device say nothing about the batch.
-    x += np.arange(16, dtype=np.float32).reshape(-1, 1, 1, 1)
+@pytest.mark.parametrize(
+    "count, size",
+    [
+        (4, 2),  # six examples a device: groups smaller,
+        (4, 6),  # equal,
+        (4, 12),  # of two devices,
+        (4, 24),  # of all, named
+        (8, 0),  # or not,
+        (4, 4),  # on both sides of a boundary,
+        (8, 8),  # of parts of four devices with three examples each
+    ],
+)
+def test_groups_are_the_same_examples_on_any_number_of_devices(count, size, runner):
+    x, variables = make_inputs(batch=24), make_variables()
+    # Slices of unlike mean: the statistics of a device say nothing about a group.
+    x += np.arange(24, dtype=np.float32).reshape(-1, 1, 1, 1)
     weights = np.random.RandomState(2).randn(*x.shape).astype(np.float32)
-    joined = on_devices(forward_and_gradient(BatchNorm(axis_name="devices")), runner, count)
-    y, gradient, stats = joined(variables, x, weights)
-    expected_y, expected_gradient, expected_stats = forward_and_gradient(BatchNorm())(
-        variables, x, weights
-    )
-    np.testing.assert_allclose(y, expected_y, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-4, atol=1e-5)
-    assert_stats_close(stats, expected_stats)
-    assert_stats_close(stats, reference(x, variables, size=16)[1])
-
-
-@pytest.mark.parametrize("runner", ["pmap", "shard_map"])
-def test_virtual_batches_are_the_same_on_any_number_of_devices(runner):
-    x, variables = make_inputs(batch=16), make_variables()
-    norm = BatchNorm(virtual_batch_size=2, axis_name="devices")
-    y, _, _ = on_devices(forward_and_gradient(norm), runner, 4)(variables, x, x)
-    expected, _ = reference(x, variables, size=2)
+    norm = BatchNorm(virtual_batch_size=size, axis_name="devices")
+    run = on_devices(forward_and_gradient(norm), runner, count)
+    y, gradient, stats = run(variables, x, weights)
+    size = size or len(x)
+    expected, expected_stats = reference(x, variables, size)
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
+    expected = gradient_reference(x, variables, weights, size)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=2e-5)
+    assert_stats_close(stats, expected_stats)
 
 
 def test_evaluation_uses_the_running_statistics():
@@ -223,6 +235,9 @@ def test_half_precision_is_normalised_in_float32(dtype):
 def test_a_virtual_batch_must_divide_the_batch():
     with pytest.raises(ValueError, match=r"virtual_batch_size=3 does not divide .* 8"):
         train(BatchNorm(virtual_batch_size=3), make_variables(), make_inputs())
+    run = forward_and_gradient(BatchNorm(virtual_batch_size=5, axis_name="devices"))
+    with pytest.raises(ValueError, match=r"virtual_batch_size=5 does not divide .* 8"):
+        on_devices(run, "pmap", 4)(make_variables(), make_inputs(), make_inputs())
 
 
 @pytest.mark.parametrize("size, batch", [(0, 1), (1, 4)])

@@ -1,0 +1,305 @@
+"""Tabulates finished runs: top-1 error of each configuration, mean +- std over its seeds.
+
+python -m resjax.report runs/digits_seed*
+python -m resjax.report runs/* --csv=runs.csv --plot=runs.png
+
+The error of a run is the median of its evaluations in the last 5 epochs. Runs are of one
+configuration if they differ in nothing but the seed and fields that change no number.
+"""
+
+import csv
+import dataclasses
+import io
+import json
+import statistics
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from resjax import config as configs
+from resjax import records
+from resjax.config import Config, UsageError
+
+_LAST_EPOCHS = 5
+_SAME_FIELDS = [  # of the runs of one configuration
+    name for name in configs.fields() if name not in ("seed", *configs.FREE_FIELDS)
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a finished run came to.
+
+    Attributes:
+      workdir: of the run.
+      config: of the run.
+      error: top-1 error, the median of the last epochs, in percent.
+      num_evaluations: that the median is of.
+      train_loss: of the last training record, in nats.
+      curve: {epoch: top-1 test error in percent} of every evaluation.
+    """
+
+    workdir: epath.Path
+    config: Config
+    error: float
+    num_evaluations: int
+    train_loss: float
+    curve: dict[float, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """The finished runs of one configuration.
+
+    Attributes:
+      fields: {dotted name: value} of what tells it from the other rows; model and data
+        set if there is no other.
+      results: of its runs, one a seed.
+      error: mean over the runs, in percent.
+      error_std: sample standard deviation over the runs; None for a single one.
+      published_error: of the source, as the configs give it; "" if none does.
+    """
+
+    fields: dict[str, Any]
+    results: list[Result]
+    error: float
+    error_std: float | None
+    published_error: str
+
+    @property
+    def name(self) -> str:
+        """The fields as `field=value`."""
+        return " ".join(f"{name}={_text(value)}" for name, value in self.fields.items())
+
+
+def summarize(workdirs: Iterable[str | epath.Path]) -> list[Row]:
+    """The runs by configuration, in the order given; says which are not finished.
+
+    Args:
+      workdirs: of the runs, finished or not.
+
+    Raises:
+      UsageError: a folder that holds no run, a configuration and seed that come twice, or
+        no finished run.
+
+    Source: Goyal et al. 2017, section 5.1: the median of the final 5 epochs, the mean and
+      standard deviation of independent runs.
+    """
+    found = [read_run(workdir) for workdir in workdirs]
+    results = [result for result in found if result is not None]
+    if not results:
+        raise UsageError("RUN: none of the runs is finished")
+    groups: dict[tuple[Any, ...], dict[int, Result]] = {}  # by configuration and seed
+    for result in results:
+        flat = configs.flatten(result.config)
+        seeds = groups.setdefault(tuple(flat[name] for name in _SAME_FIELDS), {})
+        twin = seeds.setdefault(flat["seed"], result)
+        if twin is not result:
+            raise UsageError(
+                f"RUN: {twin.workdir} and {result.workdir} have the same configuration and "
+                f"config.seed={flat['seed']}; leave one out"
+            )
+    columns = zip(_SAME_FIELDS, *groups, strict=True)
+    names = [name for name, *values in columns if len(set(values)) > 1]
+    names = names or ["model", "data.name"]
+    return [_row(names, list(seeds.values())) for seeds in groups.values()]
+
+
+def read_run(workdir: str | epath.Path) -> Result | None:
+    """What a run came to; if it is not finished, says so and returns None.
+
+    Raises:
+      UsageError: the folder holds no run, or a damaged one; it lists what is there.
+    """
+    workdir = epath.Path(workdir).expanduser()
+    config = _read_config(workdir)
+    rows = records.read_metrics(workdir)
+    try:
+        tests = [row for row in rows if row["split"] == "test"]
+        curve = {row["epoch"]: 100 - row["top1"] for row in tests}
+        reached = max(curve, default=0)
+        # Steps are whole: an evaluation is up to half a step from the epoch it is due at,
+        # and is written with four decimals.
+        slack = 1e-4 + (reached / tests[-1]["step"] / 2 if tests else 0)
+        if reached + slack < config.num_epochs:
+            step = rows[-1]["step"] if rows else 0
+            print(
+                f"{workdir} is left out: not finished, at step {step}, last evaluated at "
+                f"epoch {reached:g} of {config.num_epochs:g}",
+                file=sys.stderr,
+            )
+            return None
+        start = config.num_epochs - _LAST_EPOCHS + slack
+        last = [error for epoch, error in curve.items() if epoch > start]
+        last = last or [curve[reached]]
+        loss = [row["loss"] for row in rows if row["split"] == "train"][-1]
+    except (LookupError, TypeError, ZeroDivisionError) as error:
+        raise UsageError(
+            f"{workdir / 'metrics.jsonl'} is damaged: {type(error).__name__}: {error}"
+        ) from error
+    return Result(workdir, config, statistics.median(last), len(last), loss, curve)
+
+
+def _read_config(workdir: epath.Path) -> Config:
+    if not workdir.is_dir():
+        parent = workdir.parent
+        near = sorted(p.name for p in parent.iterdir())[:10] if parent.is_dir() else []
+        raise UsageError(f"there is no directory {workdir}; beside it there are {near}")
+    path = workdir / "config.json"
+    if not path.exists():
+        there = sorted(path.name for path in workdir.iterdir())
+        raise UsageError(f"{workdir} holds no run, no config.json; it holds {there[:10]}")
+    try:
+        return configs.from_dict(json.loads(path.read_text()))
+    except (OSError, ValueError) as error:  # also a UsageError: a field of another version
+        raise UsageError(f"{path} is no config of this version: {error}") from error
+
+
+def _row(names: list[str], results: list[Result]) -> Row:
+    flat = configs.flatten(results[0].config)
+    errors = [result.error for result in results]
+    published = {result.config.published_error for result in results} - {None}
+    return Row(
+        fields={name: flat[name] for name in names},
+        results=results,
+        error=statistics.fmean(errors),
+        error_std=statistics.stdev(errors) if len(errors) > 1 else None,
+        published_error=" or ".join(sorted(map(str, published))),
+    )
+
+
+def _text(value: Any) -> str:
+    """A value as `--config.FIELD=VALUE` takes it."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _cells(row: Row) -> dict[str, str]:
+    """What the table and the CSV file say of a row besides its name and its error."""
+    evaluations = sorted({result.num_evaluations for result in row.results})
+    loss = statistics.fmean(result.train_loss for result in row.results)
+    return {
+        "evaluations": " or ".join(map(str, evaluations)),
+        "train_loss": f"{loss:.4f}",
+        "published_error": row.published_error,
+    }
+
+
+def format_table(rows: list[Row]) -> str:
+    """The rows as text, errors in percent with two decimals; ends with a line on terms."""
+    lines = []
+    for row in rows:
+        std = "" if row.error_std is None else f" +- {row.error_std:.2f}"
+        lines.append(
+            {
+                "configuration": row.name,
+                "seeds": str(len(row.results)),
+                "error": f"{row.error:.2f}{std}",
+                **_cells(row),
+            }
+        )
+    columns = [name for name in lines[0] if any(line[name] for line in lines)]
+    lines = [{name: name.replace("_", " ") for name in columns}, *lines]
+    widths = {name: max(len(line[name]) for line in lines) for name in columns}
+    text = ""
+    for line in lines:
+        first, *others = columns
+        cells = [line[first].ljust(widths[first])]
+        cells += [line[name].rjust(widths[name]) for name in others]
+        text += "  ".join(cells) + "\n"
+    return (
+        f"{text}\nerror: top-1 in percent; of a run, the median of its evaluations in the "
+        f"last {_LAST_EPOCHS} epochs;\nof a row, mean +- sample standard deviation over "
+        "seeds"
+    )
+
+
+def format_csv(rows: list[Row]) -> str:
+    """The rows as CSV, a column for each field in which they differ."""
+    lines = [
+        {
+            **{name: _text(value) for name, value in row.fields.items()},
+            "seeds": " ".join(str(result.config.seed) for result in row.results),
+            "error": row.error,
+            "error_std": row.error_std,  # None is written as an empty cell
+            **_cells(row),
+            "workdirs": " ".join(str(result.workdir) for result in row.results),
+        }
+        for row in rows
+    ]
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return file.getvalue()
+
+
+def draw_curves(rows: list[Row], suffix: str = "png") -> bytes:
+    """A picture of test error by epoch: the mean of each row, one std above and below.
+
+    Args:
+      rows: from `summarize`.
+      suffix: of the kind of picture, one that matplotlib writes.
+
+    Raises:
+      ValueError: a kind that matplotlib does not write.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    panel = figure.subplots()
+    for row in rows:
+        curves = [result.curve for result in row.results]
+        epochs = sorted(set.intersection(*map(set, curves)))
+        errors = np.array([[curve[epoch] for epoch in epochs] for curve in curves])
+        mean = errors.mean(axis=0)
+        (line,) = panel.plot(epochs, mean, marker=".", label=row.name)
+        if len(curves) > 1:
+            std, color = errors.std(axis=0, ddof=1), line.get_color()
+            panel.fill_between(epochs, mean - std, mean + std, color=color, alpha=0.25)
+    panel.set(xlabel="epoch", ylabel="top-1 test error (%)", yscale="symlog", ylim=(0, 100))
+    ticks = [0, 1, 2, 5, 10, 20, 50, 100]
+    panel.set_yticks(ticks, map(str, ticks))
+    panel.grid(alpha=0.3)
+    panel.legend()
+    file = io.BytesIO()
+    figure.savefig(file, dpi=120, format=suffix)
+    return file.getvalue()
+
+
+def main(args: list[str]) -> int:
+    """Runs the command; returns its exit code."""
+    parser = configs.ArgumentParser(prog="python -m resjax.report", description=__doc__)
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="workdir of a run")
+    parser.add_argument("--csv", metavar="FILE", help="the table as CSV, to be written")
+    parser.add_argument(
+        "--plot", metavar="FILE", help="test error by epoch, a .png, .pdf or .svg"
+    )
+    flags = parser.parse_args(args)
+    for name in ("csv", "plot"):
+        if getattr(flags, name) == "":
+            raise UsageError(f"--{name}: '' is empty; give a file")
+    rows = summarize(flags.runs)
+    if flags.csv:
+        _write("csv", flags.csv, format_csv(rows).encode())
+    if flags.plot:
+        try:
+            picture = draw_curves(rows, epath.Path(flags.plot).suffix[1:] or "png")
+        except ValueError as error:
+            raise UsageError(f"--plot: {flags.plot}: {error}") from error
+        _write("plot", flags.plot, picture)
+    print(format_table(rows))
+    return 0
+
+
+def _write(flag: str, path: str, data: bytes) -> None:
+    try:
+        epath.Path(path).expanduser().write_bytes(data)
+    except OSError as error:
+        raise UsageError(f"--{flag}: {path} cannot be written: {error}") from error
+
+
+if __name__ == "__main__":
+    configs.run_command(main)

@@ -1,0 +1,91 @@
+"""Several processes: who they are told to be and what is refused; see test_topology.py too."""
+
+import jax
+import pytest
+
+from resjax import hosts
+
+FLAGS = {"coordinator_address": "10.0.0.1:1234", "num_processes": 2, "process_id": 1}
+SLURM = {"SLURM_STEP_NUM_TASKS": "2"}
+ALONE = [
+    {},
+    {"SLURM_STEP_NUM_TASKS": "1", "SLURM_GPUS_ON_NODE": "8"},
+    {"OMPI_COMM_WORLD_SIZE": "1"},
+    {"TPU_WORKER_HOSTNAMES": "10.0.0.1"},
+    {"KUBERNETES_SERVICE_HOST": "10.0.0.1"},
+]
+SEVERAL = [
+    SLURM,
+    {"OMPI_COMM_WORLD_SIZE": "4"},
+    {"TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2"},
+    {"MEGASCALE_COORDINATOR_ADDRESS": "10.0.0.1"},
+    {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"},
+    {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234"},
+]
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The calls of jax.distributed.initialize, which does nothing."""
+    calls = []
+    monkeypatch.setattr(
+        jax.distributed, "initialize", lambda *args, **kwargs: calls.append((args, kwargs))
+    )
+    for name in {name for env in ALONE + SEVERAL for name in env}:
+        monkeypatch.delenv(name, raising=False)
+    return calls
+
+
+@pytest.mark.parametrize("env", ALONE, ids=str)
+def test_a_process_alone_starts_nothing(env, started, monkeypatch):
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    assert hosts.run_together(lambda: 7) == 7
+    assert not started
+
+
+@pytest.mark.parametrize("env", SEVERAL, ids=str)
+def test_the_environment_of_a_cluster_is_enough(env, started, monkeypatch):
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    assert hosts.run_together(lambda: 7) == 7
+    ((args, kwargs),) = started
+    assert args == (None, None, None)
+    assert kwargs["heartbeat_timeout_seconds"] < 120
+
+
+def test_flags_say_where_the_others_are(started):
+    hosts.run_together(lambda: 0, **FLAGS)
+    ((args, _),) = started
+    assert args == ("10.0.0.1:1234", 2, 1)
+
+
+@pytest.mark.parametrize("nodes, devices", [("2", [0, 1, 2, 3]), ("1", None)])
+def test_the_only_task_of_a_slurm_node_takes_all_its_gpus(
+    nodes, devices, started, monkeypatch
+):
+    env = {**SLURM, "SLURM_STEP_NUM_NODES": nodes, "SLURM_GPUS_ON_NODE": "4"}
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    hosts.run_together(lambda: 0)
+    ((_, kwargs),) = started
+    assert kwargs["local_device_ids"] == devices
+
+
+@pytest.mark.parametrize("script", ["train.py", "eval.py"])
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (["--num_processes=2"], ["--coordinator_address", "--process_id", "missing"]),
+        (
+            ["--coordinator_address=localhost:1", "--num_processes=2", "--process_id=2"],
+            ["--process_id=2", "--num_processes=2", "cannot start"],
+        ),
+        (["--process_id=x"], ["--process_id", "'x'"]),
+    ],
+)
+def test_flags_that_do_not_fit_are_one_line(script, flags, named, command):
+    done = command(script, "--workdir=run", *flags)
+    assert done.returncode == 2 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"{script}: error: ") and all(part in line for part in named)
