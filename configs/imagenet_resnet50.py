@@ -3,7 +3,7 @@
 python train.py --config=configs/imagenet_resnet50.py --config.data.dir=/data/tfds
 
 The paper reports 23.60 +- 0.12 % top-1 error (single 224 crop, median of the last five
-epochs, five runs). Minibatch 256, statistics over 32 examples, so at most 8 devices.
+epochs, five runs). Minibatch 256, statistics over 32 examples.
 """
 
 from resjax.config import CheckpointConfig, Config, DataConfig, NormConfig

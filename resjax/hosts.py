@@ -48,7 +48,8 @@ def run_together(
     missing = [f"--{name}" for name, value in given.items() if value is None]
     if 0 < len(missing) < len(given):
         raise UsageError(f"{', '.join(missing)}: missing; several hosts need all three")
-    if missing and not _in_cluster():
+    several = not missing or _is_one_of_several()
+    if not several and not _is_tpu_machine():
         return run()
     try:
         jax.distributed.initialize(
@@ -59,6 +60,8 @@ def run_together(
             heartbeat_timeout_seconds=_LOST_AFTER_SECONDS,
         )
     except (ValueError, RuntimeError) as error:
+        if not several:  # a TPU machine that knows of no other
+            return run()
         shown = ", ".join(f"--{name}={value}" for name, value in given.items())
         raise UsageError(f"{shown}: cannot start: {error}") from error
     if jax.process_count() == 1:
@@ -85,8 +88,8 @@ def run_together(
     return code
 
 
-def _in_cluster() -> bool:
-    """Whether the environment says that this is one of several processes."""
+def _is_one_of_several() -> bool:
+    """Whether the environment speaks of other processes."""
     env = os.environ
     counts = (env.get("SLURM_STEP_NUM_TASKS", "1"), env.get("OMPI_COMM_WORLD_SIZE", "1"))
     named = ("JAX_COORDINATOR_ADDRESS", "MEGASCALE_COORDINATOR_ADDRESS")
@@ -95,8 +98,12 @@ def _in_cluster() -> bool:
         or any(name in env for name in named)
         or "," in env.get("TPU_WORKER_HOSTNAMES", "")
         or {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= set(env)
-        or Path("/dev/accel0").exists()  # a TPU machine: its metadata tells of the others
     )
+
+
+def _is_tpu_machine() -> bool:
+    """Whether there are TPUs, whose metadata then tell jax of other processes."""
+    return any(Path(path).exists() for path in ("/dev/accel0", "/dev/vfio/0"))
 
 
 def _slurm_devices() -> list[int] | None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
@@ -43,8 +44,6 @@ def test_warmups_differ_only_while_they_last():
     [
         (100, 0, 8, ["config.batch_size", "100", "8 devices", "96 or 104"]),
         (4, 0, 8, ["config.batch_size", "4", "8 devices", "8"]),
-        (64, 32, 8, ["config.norm.virtual_batch_size", "32", "8 examples"]),
-        (96, 8, 8, ["config.norm.virtual_batch_size", "8", "12 examples"]),
     ],
 )
 def test_a_minibatch_that_does_not_fit_the_devices_is_named(batch, group, devices, named):
@@ -54,9 +53,36 @@ def test_a_minibatch_that_does_not_fit_the_devices_is_named(batch, group, device
     assert all(part in str(caught.value) for part in named)
 
 
-@pytest.mark.parametrize("group, devices", [(0, 8), (128, 8), (16, 8), (8, 8), (32, 4)])
-def test_a_minibatch_that_fits_is_accepted(group, devices):
-    config = dataclasses.replace(Config(), norm=NormConfig(group))
+@pytest.mark.parametrize(
+    "group, microbatch, named",
+    [
+        (32, 24, ["config.microbatch", "24", "64 examples"]),
+        (32, 16, ["config.norm.virtual_batch_size", "32", "config.microbatch=16"]),
+        (0, 32, ["config.norm.virtual_batch_size", "0", "128", "config.microbatch=32"]),
+        (128, 32, ["config.norm.virtual_batch_size", "128", "config.microbatch=32"]),
+    ],
+)
+def test_statistics_that_no_backward_pass_holds_name_both_fields(group, microbatch, named):
+    config = dataclasses.replace(Config(), norm=NormConfig(group), microbatch=microbatch)
+    with pytest.raises(UsageError) as caught:
+        build.check_devices(config, 2)
+    assert all(part in str(caught.value) for part in named)
+
+
+@pytest.mark.parametrize(
+    "group, microbatch, devices",
+    [
+        (0, 0, 8),
+        (128, 16, 8),
+        (32, 0, 8),
+        (32, 64, 8),
+        (16, 16, 4),
+        (8, 32, 1),
+        (64, 64, 1),
+    ],
+)
+def test_a_minibatch_that_fits_is_accepted(group, microbatch, devices):
+    config = dataclasses.replace(Config(), norm=NormConfig(group), microbatch=microbatch)
     build.check_devices(config, devices)
 
 
@@ -81,6 +107,23 @@ def test_evaluation_comes_after_the_last_step_and_every_so_often():
 def test_a_run_too_long_to_count_its_examples_is_refused():
     with pytest.raises(UsageError, match=r"config\.num_epochs: 1e\+12"):
         derived_of(num_epochs=1e12)
+
+
+@pytest.mark.parametrize("dtype, scaled", [("float32", False), ("float16", True)])
+def test_only_float16_scales_its_loss(dtype, scaled):
+    config = dataclasses.replace(Config(), dtype=dtype, num_epochs=1)
+    state = jax.eval_shape(build.build_run(config).init_state)
+    assert (state.loss_scale is not None) == scaled
+    assert {x.dtype for x in jax.tree.leaves(state.params)} == {np.dtype(np.float32)}
+
+
+def test_lars_gives_each_layer_a_rate_of_its_own():
+    config = dataclasses.replace(Config(), optimizer="lars", weight_decay=0.0)
+    tx = build.build_optimizer(config, lambda step: 0.1)
+    params = {"conv": {"kernel": np.full((1, 4), 2, np.float32)}}
+    grads = {"conv": {"kernel": np.ones((1, 4), np.float32)}}
+    updates, _ = tx.update(grads, tx.init(params), params)
+    np.testing.assert_allclose(updates["conv"]["kernel"], -0.1 * 0.001 * 2 * 1.9, rtol=1e-5)
 
 
 @pytest.mark.parametrize("nesterov", [True, False])

@@ -86,6 +86,20 @@ def test_what_does_not_fit_is_named(word, parts):
         assert part in message
 
 
+@pytest.mark.parametrize(
+    "word, published",
+    [
+        ("--config.seed=3", "8.75"),
+        ("--config.log_every_steps=7", "8.75"),
+        ("--config.batch_size=256", None),
+        ("--config.published_error=9.1", "9.1"),
+    ],
+)
+def test_what_is_published_is_of_the_recipe_as_it_stands(word, published):
+    config = configs.override(Config(published_error="8.75"), [word])
+    assert config.published_error == published
+
+
 def test_the_order_of_overrides_does_not_matter_to_joint_checks():
     words = ["--config.norm.virtual_batch_size=48", "--config.batch_size=96"]
     assert configs.override(Config(), words).norm.virtual_batch_size == 48

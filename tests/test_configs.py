@@ -72,6 +72,17 @@ def test_imagenet_recipe_is_the_baseline_of_goyal():
     assert config.init == "msra_fan_out_zero_gamma"
 
 
+def test_the_8k_recipe_differs_from_the_baseline_in_its_minibatch():
+    small, _, _ = rates_of("imagenet_resnet50")
+    large, num_steps, rate = rates_of("imagenet_resnet50_8k")
+    changed = configs.differences(small, large)
+    assert len(changed) == 1 and "batch_size was 256 and is now 8192" in changed[0]
+    assert num_steps == round(90 * 1_281_167 / 8192)
+    for epoch, expected in {0: 0.1, 5.1: 3.2, 29.9: 3.2, 30.1: 0.32, 80.1: 3.2e-3}.items():
+        step = math.floor(epoch * 1_281_167 / 8192)
+        np.testing.assert_allclose(rate(step), expected, rtol=1e-6)
+
+
 def test_every_config_field_is_read_and_only_by_the_doors():
     # config.a.b read as an attribute: the last name of a chain that begins with `config`.
     read = set()

@@ -1,4 +1,4 @@
-"""Several processes: who they are told to be and what is refused; see test_topology.py too."""
+"""Several processes: who they are told to be, what is refused (and test_topology.py)."""
 
 import jax
 import pytest
@@ -31,6 +31,7 @@ def started(monkeypatch):
     monkeypatch.setattr(
         jax.distributed, "initialize", lambda *args, **kwargs: calls.append((args, kwargs))
     )
+    monkeypatch.setattr(hosts, "_is_tpu_machine", lambda: False)
     for name in {name for env in ALONE + SEVERAL for name in env}:
         monkeypatch.delenv(name, raising=False)
     return calls
@@ -54,6 +55,19 @@ def test_the_environment_of_a_cluster_is_enough(env, started, monkeypatch):
     assert kwargs["heartbeat_timeout_seconds"] < 120
 
 
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_tpu_machine_asks_its_metadata(alone, started, monkeypatch):
+    def initialize(*args, **kwargs):
+        started.append(args)
+        if alone:
+            raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(hosts, "_is_tpu_machine", lambda: True)
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    assert hosts.run_together(lambda: 7) == 7
+    assert started == [(None, None, None)]
+
+
 def test_flags_say_where_the_others_are(started):
     hosts.run_together(lambda: 0, **FLAGS)
     ((args, _),) = started
@@ -72,16 +86,16 @@ def test_the_only_task_of_a_slurm_node_takes_all_its_gpus(
     assert kwargs["local_device_ids"] == devices
 
 
-@pytest.mark.parametrize("script", ["train.py", "eval.py"])
 @pytest.mark.parametrize(
-    "flags, named",
+    "script, flags, named",
     [
-        (["--num_processes=2"], ["--coordinator_address", "--process_id", "missing"]),
+        ("eval.py", ["--num_processes=2"], ["--coordinator_address", "--process_id"]),
         (
+            "train.py",
             ["--coordinator_address=localhost:1", "--num_processes=2", "--process_id=2"],
             ["--process_id=2", "--num_processes=2", "cannot start"],
         ),
-        (["--process_id=x"], ["--process_id", "'x'"]),
+        ("train.py", ["--process_id=x"], ["--process_id", "'x'"]),
     ],
 )
 def test_flags_that_do_not_fit_are_one_line(script, flags, named, command):

@@ -67,6 +67,7 @@ def config(tiny_config):
             "--config.batch_size=320",
             f"--config.num_epochs={NUM_STEPS * 320 / 1437}",
             "--config.eval_every_epochs=0.6",  # after steps 3 and 5
+            "--config.dtype=float16",  # its loss scale is part of the state
         )
         yield configs.override(configs.load_config(tiny_config), words)
 

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from resjax import optim, parallel, steps
+from resjax import loop, optim, parallel, steps
 from resjax.initializers import init
+from resjax.loss_scale import init_loss_scale
 from resjax.models.blocks import basic
 from resjax.models.norm import BatchNorm
 from resjax.models.resnet import ResNet
@@ -36,18 +37,21 @@ def random_batch(seed=0, size=BATCH):
     }
 
 
-def make_step(model, seed=0):
+def make_step(model, seed=0, microbatch=0, loss_scale=None):
     tx = optim.sgd(lambda step: jnp.float32(RATE), 0.9, True, DECAY)
-    step = steps.make_train_step(model, tx, to_float, BATCH, seed)
+    step = steps.make_train_step(model, tx, to_float, BATCH, seed, microbatch)
     variables = init(model, jax.random.key(0))
-    return step, steps.create_state(variables, tx)
+    return step, steps.create_state(variables, tx, loss_scale)
 
 
-def run(model, num_devices, batches, runner=jax.pmap):
-    step, state = make_step(model)
+def on_devices(step, num_devices):
     devices = jax.devices()[:num_devices]
-    mapped = runner(step, parallel.AXIS, in_axes=(None, 0), out_axes=None, devices=devices)
-    sums = None
+    return jax.pmap(step, parallel.AXIS, in_axes=(None, 0), out_axes=None, devices=devices)
+
+
+def run(model, num_devices, batches, **kwargs):
+    step, state = make_step(model, **kwargs)
+    mapped, sums = on_devices(step, num_devices), None
     for batch in batches:
         split = jax.tree.map(lambda x: x.reshape(num_devices, -1, *x.shape[1:]), batch)
         state, sums = mapped(state, split)
@@ -79,10 +83,16 @@ def written_out_update(model, batch, groups=1):
     return params, loss
 
 
-@pytest.mark.parametrize("num_devices, group", [(1, 0), (4, 4)])
-def test_an_update_is_sgd_on_the_mean_loss_of_the_minibatch(num_devices, group):
+@pytest.mark.parametrize(
+    "num_devices, group, microbatch, scale",
+    [(1, 0, 0, None), (4, 8, 0, 2.0**10), (2, 4, 4, None)],
+)
+def test_an_update_is_sgd_on_the_mean_loss_of_the_minibatch(
+    num_devices, group, microbatch, scale
+):
     batch = random_batch()
-    state, sums = run(tiny_model(group, parallel.AXIS), num_devices, [batch])
+    model, scale = tiny_model(group, parallel.AXIS), scale and init_loss_scale(scale)
+    state, sums = run(model, num_devices, [batch], microbatch=microbatch, loss_scale=scale)
     groups = BATCH // group if group else 1
     params, loss = written_out_update(tiny_model(), batch, groups)
     jax.tree.map(partial(np.testing.assert_allclose, atol=2e-6), state.params, params)
@@ -90,11 +100,13 @@ def test_an_update_is_sgd_on_the_mean_loss_of_the_minibatch(num_devices, group):
     assert sums["num_examples"] == BATCH and state.step == 1
 
 
-@pytest.mark.parametrize("group, depth", [(0, 0.0), (2, 0.6)])
-def test_many_devices_train_as_one(group, depth):
+@pytest.mark.parametrize(
+    "group, depth, microbatch", [(0, 0.0, 0), (2, 0.6, 0), (4, 0.6, 4)]
+)
+def test_many_devices_train_as_one(group, depth, microbatch):
     batches = [random_batch(seed) for seed in range(3)]
     model = tiny_model(group, parallel.AXIS).clone(stochastic_depth=depth)
-    one, one_sums = run(model, 1, batches)
+    one, one_sums = run(model, 1, batches, microbatch=microbatch)
     eight, eight_sums = run(model, 8, batches)
     close = partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5)
     jax.tree.map(close, (one, one_sums), (eight, eight_sums))
@@ -108,9 +120,7 @@ def test_every_step_and_seed_draws_anew_which_branch_it_drops():
     def kept_last(seed):
         """Of each of 12 steps from the same state, whether the last branch moved."""
         step = make_step(model, seed)[0]
-        mapped = jax.pmap(
-            step, parallel.AXIS, in_axes=(None, 0), out_axes=None, devices=jax.devices()[:1]
-        )
+        mapped = on_devices(step, 1)
         states = [mapped(state.replace(step=jnp.int32(i)), batch)[0] for i in range(12)]
         before = state.params["stage1"]["block1"]["norm_out"]["scale"]
         ends = [new.params["stage1"]["block1"]["norm_out"]["scale"] for new in states]
@@ -140,6 +150,35 @@ def test_bfloat16_keeps_the_state_in_float32_and_the_loss_near():
     assert {leaf.dtype for leaf in floats} == {np.dtype(np.float32)}
     np.testing.assert_allclose(half_sums["loss"], full_sums["loss"], rtol=0.05)
     assert half_sums["loss"] != full_sums["loss"]
+
+
+def test_an_overflow_changes_nothing_but_the_scale_and_training_recovers():
+    model, scale = tiny_model(0, parallel.AXIS, jnp.float16), init_loss_scale(2.0**14)
+    step, state = make_step(model, loss_scale=scale)
+    mapped, states, skips = on_devices(step, 1), [state], []
+
+    def train_step(state, batch):
+        if len(skips) == 2:  # the third step overflows: gradients up to 2**40
+            state = state.replace(loss_scale=init_loss_scale(2.0**40))
+        new, sums = mapped(state, batch)
+        skips.append(bool(sums["skipped"]))
+        states.append(new)
+        return new, sums
+
+    batches = [jax.tree.map(lambda x: x[None], random_batch(0)) for _ in range(12)]
+    losses = []
+    end = loop.fit(
+        train_step, state, batches, [lambda step, state, sums: losses.append(sums["loss"])]
+    )
+    assert skips[:3] == [False, False, True] and not skips[-1]
+    before, after = states[2], states[3]
+    assert after.loss_scale.value == 2.0**39 and after.loss_scale.good_steps == 0
+    same = [s.replace(loss_scale=None) for s in (before, after)]
+    jax.tree.map(np.testing.assert_array_equal, *same)
+    assert end.step == 12 and len(skips) == 12 + sum(skips)
+    _, sums = run(model, 1, [random_batch(0)] * 12, loss_scale=scale)
+    np.testing.assert_allclose(losses[-1], sums["loss"], rtol=0.05)
+    assert losses[-1] < 0.8 * losses[0]
 
 
 def test_eval_step_ignores_padding_and_leaves_the_statistics():

@@ -4,10 +4,13 @@ The one place for platform lowerings: another form may run faster, it never chan
 number. Knows nothing of blocks or networks.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 from resjax import initializers
 
@@ -26,6 +29,12 @@ def conv(x: jax.Array, kernel: jax.Array, strides: int = 1, groups: int = 1) -> 
 
     Differs: "SAME" would pad (0, 1) on an even input with stride 2, and shift the maps.
     """
+    if jax.default_backend() == "cpu":
+        return _conv_on_cpu(x, kernel, strides, groups)
+    return _conv(x, kernel, strides, groups)
+
+
+def _conv(x: jax.Array, kernel: jax.Array, strides: int, groups: int) -> jax.Array:
     pad = (kernel.shape[0] - 1) // 2
     return lax.conv_general_dilated(
         x,
@@ -35,6 +44,64 @@ def conv(x: jax.Array, kernel: jax.Array, strides: int = 1, groups: int = 1) -> 
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=groups,
     )
+
+
+# The gradient of a kernel is a convolution itself, and XLA:CPU is up to a hundred times
+# slower than need be at two kinds of it: grouped ones, and those inside a loop (as in
+# accumulation and remat) unless they take NHWC and HWIO. The form of the derivative decides
+# about the form of its transpose, which is the gradient.
+_conv_on_cpu = jax.custom_jvp(_conv, nondiff_argnums=(2, 3))
+
+
+def _derivative_on_cpu(strides: int, groups: int, primals: Any, tangents: Any) -> Any:
+    (x, kernel), (dx, dkernel) = primals, tangents
+    y = _conv_on_cpu(x, kernel, strides, groups)
+    terms = []
+    if not isinstance(dx, SymbolicZero):
+        terms.append(_conv_on_cpu(dx, kernel, strides, groups))
+    if not isinstance(dkernel, SymbolicZero):
+        along = _along_kernel if groups == 1 else _along_grouped_kernel
+        terms.append(along(x, dkernel, strides, y.shape))
+    return y, sum(terms[1:], start=terms[0])
+
+
+_conv_on_cpu.defjvp(_derivative_on_cpu, symbolic_zeros=True)
+
+
+def _along_kernel(
+    x: jax.Array, kernel: jax.Array, strides: int, shape: tuple[int, ...]
+) -> jax.Array:
+    """`_conv` whose transpose, from output to kernel, takes NHWC and HWIO."""
+    pad = (kernel.shape[0] - 1) // 2
+    y = lax.conv_general_dilated(
+        x.transpose(3, 1, 2, 0),
+        kernel.transpose(2, 0, 1, 3),
+        window_strides=(strides, strides),
+        padding=[(pad, pad), (pad, pad)],
+        dimension_numbers=("CHWN", "IHWO", "HWNC"),
+    )
+    return y.transpose(2, 0, 1, 3)
+
+
+def _along_grouped_kernel(
+    x: jax.Array, kernel: jax.Array, strides: int, shape: tuple[int, ...]
+) -> jax.Array:
+    """`_conv` as a sum of k * k matrix products, of outputs of that shape."""
+    k, _, inputs, outputs = kernel.shape
+    pad, groups = (k - 1) // 2, x.shape[-1] // inputs
+    x = jnp.pad(x, [(0, 0), (pad, pad), (pad, pad), (0, 0)])
+    x = x.reshape(*x.shape[:3], groups, inputs)
+    kernel = kernel.reshape(k, k, inputs, groups, outputs // groups)
+    rows, columns = (strides * (side - 1) + 1 for side in shape[1:3])
+
+    def product(i: int, j: int) -> jax.Array:
+        shifted = x[:, i : i + rows : strides, j : j + columns : strides]
+        return jnp.einsum("nhwgc,cgd->nhwgd", shifted, kernel[i, j])
+
+    y = sum(
+        (product(i, j) for i in range(k) for j in range(k)), start=jnp.zeros((), x.dtype)
+    )
+    return y.reshape(shape)
 
 
 def max_pool(x: jax.Array, size: int = 3, strides: int = 2) -> jax.Array:

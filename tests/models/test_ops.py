@@ -63,6 +63,32 @@ def test_conv_is_the_sum_over_the_window(k, strides, size, groups):
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("size", [(8, 8), (9, 7)])
+@pytest.mark.parametrize("strides", [1, 2])
+@pytest.mark.parametrize("k", [1, 3])
+def test_derivatives_of_conv_in_both_directions(k, strides, size, groups):
+    rng = np.random.RandomState(0)
+    x, dx = rng.randn(2, 2, *size, 4)
+    kernel, dkernel = rng.randn(2, k, k, 4 // groups, 6)
+    # Convolution is linear in each: what loops say of a change is the derivative along it.
+    along_x = conv_by_loops(dx, kernel, strides, groups)
+    along_kernel = conv_by_loops(x, dkernel, strides, groups)
+
+    def run(x, kernel):
+        return conv(x, kernel, strides, groups)
+
+    at = jnp.array(x, jnp.float32), jnp.array(kernel, jnp.float32)
+    along = jnp.array(dx, jnp.float32), jnp.array(dkernel, jnp.float32)
+    _, forward = jax.jvp(run, at, along)
+    np.testing.assert_allclose(forward, along_x + along_kernel, rtol=1e-4, atol=1e-4)
+    weights = rng.randn(*along_x.shape)
+    grad_x, grad_kernel = jax.vjp(run, *at)[1](jnp.array(weights, jnp.float32))
+    np.testing.assert_allclose((grad_x * dx).sum(), (weights * along_x).sum(), rtol=1e-4)
+    back = (grad_kernel * dkernel).sum()
+    np.testing.assert_allclose(back, (weights * along_kernel).sum(), rtol=1e-4)
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("strides", [1, 2])
 @pytest.mark.parametrize("k", [1, 3, 5])
