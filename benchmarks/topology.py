@@ -154,7 +154,8 @@ def load_flax_example(folder: Path) -> tuple[Any, Any]:
     stand_ins = {name: mock.MagicMock() for name in STAND_INS}
     path = [str(folder), *sys.path]
     with mock.patch.dict(sys.modules, stand_ins), mock.patch.object(sys, "path", path):
-        models, train = map(importlib.import_module, ("models", "train"))
+        models: Any = importlib.import_module("models")
+        train: Any = importlib.import_module("train")
     train.NUM_CLASSES = 10  # its only constant, and ImageNet's
     return models, train
 
