@@ -33,7 +33,8 @@ class Run:
       init_state: () -> the replicated state before the first update.
       train_step: (state, batch) -> (state, sums), on all devices; state is donated.
       eval_step: (variables, batch) -> sums, on all devices.
-      train_batches: start_step -> the sharded batches from that update to the end.
+      train_batches: (start_step, wants_stop) -> the sharded batches from that update to
+        the end; those of several hosts tell each other when wants_stop().
       eval_batches: () -> the sharded batches of the test split, each example once.
       num_steps: updates of the whole run.
       eval_steps: updates after which the run is evaluated.
@@ -46,7 +47,7 @@ class Run:
     init_state: Callable[[], TrainState]
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Any]]
     eval_step: Callable[[Any, Batch], Any]
-    train_batches: Callable[[int], Iterator[Batch]]
+    train_batches: Callable[..., Iterator[Batch]]
     eval_batches: Callable[[], Iterator[Batch]]
     num_steps: int
     eval_steps: frozenset[int]
@@ -96,7 +97,7 @@ def check_devices(config: Config, num_devices: int) -> None:
     if held % microbatch:
         raise UsageError(
             f"config.microbatch: {microbatch} does not divide the {held} examples of a "
-            f"device (config.batch_size={batch} on {num_devices} devices)"
+            f"device (config.batch_size={batch}, devices: {num_devices})"
         )
     group = config.norm.virtual_batch_size
     if microbatch % (group or batch):
@@ -353,21 +354,27 @@ def build_run(config: Config) -> Run:
         loss_scale = init_loss_scale() if config.dtype == "float16" else None
         return parallel.replicate(steps.create_state(variables, tx, loss_scale))
 
-    def train_batches(start_step: int) -> Iterator[Batch]:
-        return parallel.prefetch(
-            pipeline.train_batches(
-                get_dataset(config.data.name),
-                source,
-                image_size=config.data.image_size,
-                seed=config.seed,
-                batch_size=config.batch_size,
-                start_step=start_step,
-                num_steps=num_steps,
-                num_threads=config.data.num_threads,
-                host=jax.process_index(),
-                num_hosts=jax.process_count(),
-            )
+    def train_batches(
+        start_step: int, wants_stop: Callable[[], bool] = lambda: False
+    ) -> Iterator[Batch]:
+        batches = pipeline.train_batches(
+            get_dataset(config.data.name),
+            source,
+            image_size=config.data.image_size,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            start_step=start_step,
+            num_steps=num_steps,
+            num_threads=config.data.num_threads,
+            host=jax.process_index(),
+            num_hosts=jax.process_count(),
         )
+        if jax.process_count() > 1:
+            batches = (
+                {**batch, "stop": np.full(len(batch["label"]), wants_stop(), np.int32)}
+                for batch in batches
+            )
+        return parallel.prefetch(batches)
 
     rates = jax.vmap(schedule)(jnp.arange(num_steps))
     return Run(

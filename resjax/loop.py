@@ -18,7 +18,7 @@ def fit(
     state: TrainState,
     batches: Iterable[Any],
     hooks: Sequence[Hook],
-    should_stop: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[Sums | None], bool] = lambda finished: False,
 ) -> TrainState:
     """Runs one update for every batch.
 
@@ -28,13 +28,15 @@ def fit(
       batches: from the one of update `state.step` on.
       hooks: called in order after each update as hook(step, state, sums), where step
         counts the updates finished and sums may still be computing.
-      should_stop: asked after the hooks of each step; True ends the loop.
+      should_stop: asked after the hooks of each step, with the sums of the last step that
+        the devices are known to have finished, None at first; True ends the loop.
 
     Returns:
       The state after the last update.
     """
     step = int(state.step)
     in_flight: deque[Sums] = deque()
+    finished = None
     for batch in batches:
         state, sums = train_step(state, batch)
         while sums.pop("skipped", False):  # a float16 overflow: again, at half the scale
@@ -42,10 +44,10 @@ def fit(
         step += 1
         in_flight.append(sums)
         if len(in_flight) > _IN_FLIGHT:
-            jax.block_until_ready(in_flight.popleft())
+            finished = jax.block_until_ready(in_flight.popleft())
         for hook in hooks:
             hook(step, state, sums)
-        if should_stop():
+        if should_stop(finished):
             break
     return state
 

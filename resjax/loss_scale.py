@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 _GROWTH_INTERVAL = 2000  # updates without an overflow before the scale is doubled
+_LARGEST = 2.0**24
 
 
 @flax.struct.dataclass
@@ -29,12 +30,12 @@ class LossScale:
     def adjust(self, finite: jax.Array) -> "LossScale":
         """The scale after a step whose gradients were finite or not."""
         grows = self.good_steps + 1 >= _GROWTH_INTERVAL
-        value = jnp.where(grows, 2 * self.value, self.value)
+        value = jnp.where(grows, jnp.minimum(2 * self.value, _LARGEST), self.value)
         value = jnp.where(finite, value, jnp.maximum(self.value / 2, 1))
         return LossScale(value, jnp.where(finite & ~grows, self.good_steps + 1, 0))
 
 
-def init_loss_scale(value: float = 2.0**24) -> LossScale:
+def init_loss_scale(value: float = _LARGEST) -> LossScale:
     """The scale before the first step."""
     return LossScale(jnp.float32(value), jnp.zeros((), jnp.int32))
 

@@ -90,8 +90,10 @@ def make_train_step(
     Returns:
       (state, batch) -> (state, sums), where batch has `image` [b, H, W, 3] uint8, `label`
       [b] and `position` [b] int32, and sums are those of `classification_sums` over all
-      devices, before the update. If the state has a loss scale, sums also has `skipped`
-      [] bool: the gradients overflowed, and nothing in the state changed but the scale.
+      devices, before the update. A `stop` [b] int32 in the batch is summed like them: how
+      hosts learn in the same step that one of them is to stop. If the state has a loss
+      scale above 1, sums also has `skipped` [] bool: the gradients overflowed, and nothing
+      in the state changed but the scale.
     """
     key = jax.random.fold_in(jax.random.key(seed), _DROPOUT)
 
@@ -107,6 +109,8 @@ def make_train_step(
         if state.loss_scale is not None:
             loss = loss * state.loss_scale.value
         sums = classification_sums(logits, batch["label"])
+        if "stop" in batch:
+            sums["stop"] = batch["stop"].sum()
         return loss, (updates["batch_stats"], sums)
 
     def device_gradients(state: TrainState, batch: Batch) -> tuple[Any, Any, Sums]:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import signal
 import time
 import zlib
 from typing import Any
@@ -34,14 +35,16 @@ def train(config: Config, workdir: str | epath.Path) -> int:
     """
     config = configs.validate(config)
     workdir = epath.Path(workdir).expanduser()
+    check_agreement(config, workdir)
     latest, num_steps = check_workdir(workdir, config)
+    if not hosts.is_same(-1 if latest is None else latest):
+        raise _other_workdir(workdir)
     if latest is not None and latest == num_steps:
         records.say(
             f"{workdir} is finished: step {latest} of {num_steps}; "
             "for another run choose another --workdir"
         )
         return 0
-    check_agreement(config, latest)
     run = build.build_run(config)
     make_workdir(workdir)
     with checkpoint.open_checkpoints(workdir, config.checkpoint.keep) as checkpoints:
@@ -96,28 +99,29 @@ def _check_same(workdir: epath.Path, stored: Config, config: Config) -> None:
         )
 
 
-def check_agreement(config: Config, latest: int | None) -> None:
+def check_agreement(config: Config, workdir: epath.Path) -> None:
     """Raises `UsageError` if the processes of a run are not about to do the same."""
     flat = configs.flatten(config)
     own = ("data.dir", "data.num_threads")  # may be a host's own
     shared = json.dumps({name: flat[name] for name in flat if name not in own})
     if not hosts.is_same(zlib.crc32(shared.encode())):
         raise UsageError("--config: the processes of the run have different configs")
-    if not hosts.is_same(-1 if latest is None else latest):
-        raise UsageError(
-            f"--workdir: process {jax.process_index()} finds checkpoint {latest} in it, "
-            "another process another; all must see one folder"
-        )
+    if not hosts.is_same((workdir / "checkpoints").is_dir()):
+        raise _other_workdir(workdir)
+
+
+def _other_workdir(workdir: epath.Path) -> UsageError:
+    return UsageError(
+        f"--workdir: {workdir} of process {jax.process_index()} is not that of the others; "
+        "all must see one folder"
+    )
 
 
 def check_shared(workdir: epath.Path) -> None:
     """Raises `UsageError` if a process does not see what the main one has written."""
-    seen = hosts.is_same(0) and (workdir / "config.json").exists()  # waits for all
-    if not seen:
-        raise UsageError(
-            f"--workdir: {workdir} of process {jax.process_index()} is not that of "
-            "process 0; all must see one folder"
-        )
+    hosts.is_same(0)  # waits for all
+    if not (workdir / "config.json").exists():
+        raise _other_workdir(workdir)
 
 
 def make_workdir(workdir: epath.Path) -> None:
@@ -198,18 +202,23 @@ def _fit(
             due = step % every == 0 if every else step in run.eval_steps
             return due or step == run.num_steps
 
+        def should_stop(finished: Any) -> bool:
+            if jax.process_count() == 1:
+                return bool(received)
+            return finished is not None and bool(finished["stop"])  # of any process
+
         try:
             state = loop.fit(
                 run.train_step,
                 state,
-                run.train_batches(start_step),
+                run.train_batches(start_step, lambda: bool(received)),
                 [
                     log,
                     hooks.make_progress_hook(bar, log),
                     hooks.make_hook(run.eval_steps.__contains__, evaluate, log),
                     hooks.make_hook(save_due, save, log),
                 ],
-                should_stop=lambda: bool(received),
+                should_stop=should_stop,
             )
             step = int(state.step)
             if step != checkpoints.latest_step():  # stopped by a signal between two saves
@@ -221,8 +230,9 @@ def _fit(
         except (FloatingPointError, OSError, ValueError) as error:
             raise _failure(error, checkpoints) from error
     if step < run.num_steps:
-        records.say(f"stopped by signal {received[0]}; step {step} is saved")
-        return 128 + received[0]
+        signum = received[0] if received else signal.SIGTERM  # of another process
+        records.say(f"stopped by signal {signum}; step {step} is saved")
+        return 128 + signum
     minutes, seconds = divmod(round(time.perf_counter() - started), 60)
     records.say(f"finished in {minutes} min {seconds:02d} s; see {workdir}/curves.png")
     return 0

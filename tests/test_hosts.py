@@ -4,6 +4,7 @@ import jax
 import pytest
 
 from resjax import hosts
+from resjax.config import UsageError
 
 FLAGS = {"coordinator_address": "10.0.0.1:1234", "num_processes": 2, "process_id": 1}
 SLURM = {"SLURM_STEP_NUM_TASKS": "2"}
@@ -52,7 +53,7 @@ def test_the_environment_of_a_cluster_is_enough(env, started, monkeypatch):
     assert hosts.run_together(lambda: 7) == 7
     ((args, kwargs),) = started
     assert args == (None, None, None)
-    assert kwargs["heartbeat_timeout_seconds"] < 120
+    assert kwargs["local_device_ids"] is None
 
 
 @pytest.mark.parametrize("alone", [True, False])
@@ -68,22 +69,48 @@ def test_a_tpu_machine_asks_its_metadata(alone, started, monkeypatch):
     assert started == [(None, None, None)]
 
 
-def test_flags_say_where_the_others_are(started):
+def test_flags_say_where_the_others_are(started, monkeypatch):
+    waited = []
+    monkeypatch.setattr(hosts, "_wait_for", waited.append)
     hosts.run_together(lambda: 0, **FLAGS)
     ((args, _),) = started
+    assert waited == ["10.0.0.1:1234"]
     assert args == ("10.0.0.1:1234", 2, 1)
 
 
-@pytest.mark.parametrize("nodes, devices", [("2", [0, 1, 2, 3]), ("1", None)])
+@pytest.mark.parametrize(
+    "env, devices",
+    [
+        ({"SLURM_STEP_NUM_NODES": "2"}, [0, 1, 2, 3]),
+        ({"SLURM_STEP_NUM_NODES": "1"}, None),
+        ({"SLURM_STEP_NUM_NODES": "2", "OMPI_COMM_WORLD_SIZE": "16"}, None),
+        ({"SLURM_STEP_NUM_NODES": "2", "JAX_LOCAL_DEVICE_IDS": "1"}, None),
+    ],
+)
 def test_the_only_task_of_a_slurm_node_takes_all_its_gpus(
-    nodes, devices, started, monkeypatch
+    env, devices, started, monkeypatch
 ):
-    env = {**SLURM, "SLURM_STEP_NUM_NODES": nodes, "SLURM_GPUS_ON_NODE": "4"}
-    for name, value in env.items():
+    for name, value in {**SLURM, "SLURM_GPUS_ON_NODE": "4", **env}.items():
         monkeypatch.setenv(name, value)
     hosts.run_together(lambda: 0)
     ((_, kwargs),) = started
     assert kwargs["local_device_ids"] == devices
+
+
+def test_a_process_0_that_never_listens_is_named(monkeypatch):
+    monkeypatch.setattr(hosts, "_MEET_SECONDS", 0)
+    with pytest.raises(UsageError, match=r"--coordinator_address=localhost:1, .* refused"):
+        hosts.run_together(lambda: 0, "localhost:1", 2, 1)
+
+
+def test_a_cluster_that_does_not_say_enough_is_named(started, monkeypatch):
+    def initialize(*args, **kwargs):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(UsageError, match=r"OMPI_COMM_WORLD_SIZE.*three flags"):
+        hosts.run_together(lambda: 0)
 
 
 @pytest.mark.parametrize(
@@ -92,8 +119,8 @@ def test_the_only_task_of_a_slurm_node_takes_all_its_gpus(
         ("eval.py", ["--num_processes=2"], ["--coordinator_address", "--process_id"]),
         (
             "train.py",
-            ["--coordinator_address=localhost:1", "--num_processes=2", "--process_id=2"],
-            ["--process_id=2", "--num_processes=2", "cannot start"],
+            ["--coordinator_address=localhost:1", "--num_processes=0", "--process_id=0"],
+            ["--process_id=0", "--num_processes=0", "cannot start"],
         ),
         ("train.py", ["--process_id=x"], ["--process_id", "'x'"]),
     ],

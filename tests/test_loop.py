@@ -28,13 +28,13 @@ def test_hooks_see_every_step_with_its_state_and_sums():
 def test_a_stop_ends_after_the_hooks_of_the_step():
     seen = []
     hooks = [lambda step, state, sums: seen.append(step)]
-    state = loop.fit(count_step, state_at(0), range(9), hooks, lambda: len(seen) == 2)
+    state = loop.fit(count_step, state_at(0), range(9), hooks, lambda _: len(seen) == 2)
     assert seen == [1, 2] and int(state.step) == 2
 
 
 def test_no_more_batches_are_taken_than_steps_run():
     batches = iter(range(9))
-    loop.fit(count_step, state_at(0), batches, [], lambda: True)
+    loop.fit(count_step, state_at(0), batches, [], lambda _: True)
     assert next(batches) == 1
 
 

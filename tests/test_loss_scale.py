@@ -15,6 +15,7 @@ from resjax.loss_scale import LossScale, all_finite, init_loss_scale
         (8.0, 1998, True, (8.0, 1999)),
         (8.0, 1999, True, (16.0, 0)),
         (8.0, 1999, False, (4.0, 0)),
+        (2.0**24, 1999, True, (2.0**24, 0)),
         (1.0, 5, False, (1.0, 0)),
     ],
 )

@@ -153,9 +153,9 @@ def test_bfloat16_keeps_the_state_in_float32_and_the_loss_near():
 
 
 def test_an_overflow_changes_nothing_but_the_scale_and_training_recovers():
-    model, scale = tiny_model(0, parallel.AXIS, jnp.float16), init_loss_scale(2.0**14)
-    step, state = make_step(model, loss_scale=scale)
-    mapped, states, skips = on_devices(step, 1), [state], []
+    model, scale = tiny_model(4, parallel.AXIS, jnp.float16), init_loss_scale(2.0**14)
+    step, state = make_step(model, microbatch=4, loss_scale=scale)
+    mapped, states, skips = on_devices(step, 2), [state], []
 
     def train_step(state, batch):
         if len(skips) == 2:  # the third step overflows: gradients up to 2**40
@@ -165,10 +165,13 @@ def test_an_overflow_changes_nothing_but_the_scale_and_training_recovers():
         states.append(new)
         return new, sums
 
-    batches = [jax.tree.map(lambda x: x[None], random_batch(0)) for _ in range(12)]
+    batch = jax.tree.map(lambda x: x.reshape(2, 8, *x.shape[1:]), random_batch(0))
     losses = []
     end = loop.fit(
-        train_step, state, batches, [lambda step, state, sums: losses.append(sums["loss"])]
+        train_step,
+        state,
+        [batch] * 12,
+        [lambda step, state, sums: losses.append(sums["loss"])],
     )
     assert skips[:3] == [False, False, True] and not skips[-1]
     before, after = states[2], states[3]
