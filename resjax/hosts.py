@@ -3,6 +3,7 @@
 Every process runs the same program on its own devices and its own slice of each batch.
 """
 
+import contextlib
 import os
 import socket
 import sys
@@ -152,14 +153,19 @@ def _watch(done: threading.Event) -> None:
     seen: dict[str, tuple[str, float]] = {}  # of each process its last sign, and when
     for count in range(sys.maxsize):
         if done.is_set():  # the others may take longer
-            client.key_value_set(key, "done", allow_overwrite=True)
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                client.key_value_set(key, "done", allow_overwrite=True)
             return
+        alarm = threading.Timer(_LOST_SECONDS, _fail, ["process 0 does not answer"])
+        alarm.daemon = True
+        alarm.start()
         try:
             client.key_value_set(key, str(count), allow_overwrite=True)
             signs = dict(client.key_value_dir_get("resjax/alive/"))
         except jax.errors.JaxRuntimeError:
             time.sleep(1)  # what the run itself says of it tells more
             _fail("process 0 cannot be reached")
+        alarm.cancel()
         now = time.monotonic()
         for name, sign in signs.items():
             last, since = seen.get(name, ("", now))
