@@ -100,9 +100,7 @@ def test_an_update_is_sgd_on_the_mean_loss_of_the_minibatch(
     assert sums["num_examples"] == BATCH and state.step == 1
 
 
-@pytest.mark.parametrize(
-    "group, depth, microbatch", [(0, 0.0, 0), (2, 0.6, 0), (4, 0.6, 4)]
-)
+@pytest.mark.parametrize("group, depth, microbatch", [(0, 0.0, 0), (4, 0.6, 4)])
 def test_many_devices_train_as_one(group, depth, microbatch):
     batches = [random_batch(seed) for seed in range(3)]
     model = tiny_model(group, parallel.AXIS).clone(stochastic_depth=depth)
@@ -179,8 +177,10 @@ def test_an_overflow_changes_nothing_but_the_scale_and_training_recovers():
     same = [s.replace(loss_scale=None) for s in (before, after)]
     jax.tree.map(np.testing.assert_array_equal, *same)
     assert end.step == 12 and len(skips) == 12 + sum(skips)
-    _, sums = run(model, 1, [random_batch(0)] * 12, loss_scale=scale)
-    np.testing.assert_allclose(losses[-1], sums["loss"], rtol=0.05)
+    undisturbed = loop.fit(mapped, state, [batch] * 12, [])
+    jax.tree.map(
+        partial(np.testing.assert_allclose, atol=0.05), end.params, undisturbed.params
+    )
     assert losses[-1] < 0.8 * losses[0]
 
 
