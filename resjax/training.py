@@ -137,7 +137,8 @@ def make_workdir(workdir: epath.Path) -> None:
 
 def introduce(config: Config, run: build.Run, workdir: epath.Path, latest: Any) -> None:
     """Says what is about to happen: model, data, devices, derived numbers."""
-    devices = jax.devices()
+    devices, processes = jax.devices(), jax.process_count()
+    shared = f" of {processes} processes" if processes > 1 else ""
     derived = run.derived
     warmup = f"{derived['warmup']} warmup of {derived['warmup_steps']} steps"
     if derived["warmup"] == "none":
@@ -149,8 +150,8 @@ def introduce(config: Config, run: build.Run, workdir: epath.Path, latest: Any) 
         f"{config.model} on {config.data.name} ({run.num_examples:,} examples, "
         f"{config.num_classes} classes), {start}, in {workdir}\n"
         f"{run.num_steps:,} steps of {config.batch_size}, {config.num_epochs:g} epochs, "
-        f"on {len(devices)} {devices[0].platform} device{'s'[: len(devices) > 1]} "
-        f"({config.parallel}); peak learning rate {derived['peak_lr']:g}, {warmup}\n"
+        f"on {len(devices)} {devices[0].platform} device{'s'[: len(devices) > 1]}"
+        f"{shared} ({config.parallel}); peak learning rate {derived['peak_lr']:g}, {warmup}\n"
         "compiling ..."
     )
 

@@ -263,6 +263,7 @@ def test_a_lost_host_ends_the_run_which_goes_on_when_started_again(
     with two_hosts("train.py", *flags) as processes:
         main, _ = finish(processes)
     assert "resuming after step" in main and "finished" in main
+    assert f"on 2 cpu devices of 2 processes ({runner})" in main
     rows = records.read_metrics(epath.Path(workdir))
     steps = [row["step"] for row in rows if row["split"] == "train"]
     assert steps == list(range(1, 101))
