@@ -84,6 +84,7 @@ def test_the_8k_recipe_takes_two_steps_in_full_size_on_one_device(command, tmp_p
 @pytest.mark.slow  # compiles a ResNet-18 three times
 def test_memory_of_an_accumulated_step_does_not_grow_with_the_minibatch():
     def memory(batch_size, microbatch=32):
+        """Bytes beside the state and the minibatch itself, 3 a pixel."""
         words = ["model=resnet18", "data.image_size=32", f"batch_size={batch_size}"]
         config = configs.override(
             configs.load_config(RECIPE), [f"--config.{word}" for word in words]
@@ -110,4 +111,4 @@ def test_memory_of_an_accumulated_step_does_not_grow_with_the_minibatch():
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert memory(8192) == memory(64)
-    assert memory(64, microbatch=0) > 1.2 * memory(64)
+    assert memory(256, microbatch=0) > 2 * memory(64, microbatch=0)

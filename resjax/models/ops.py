@@ -30,7 +30,7 @@ def conv(x: jax.Array, kernel: jax.Array, strides: int = 1, groups: int = 1) -> 
     Differs: "SAME" would pad (0, 1) on an even input with stride 2, and shift the maps.
     """
     if jax.default_backend() == "cpu":
-        return _conv_on_cpu(x, kernel, strides, groups)
+        return _conv_on_cpu_once(x, kernel, strides, groups)
     return _conv(x, kernel, strides, groups)
 
 
@@ -66,6 +66,7 @@ def _derivative_on_cpu(strides: int, groups: int, primals: Any, tangents: Any) -
 
 
 _conv_on_cpu.defjvp(_derivative_on_cpu, symbolic_zeros=True)
+_conv_on_cpu_once = jax.jit(_conv_on_cpu, static_argnums=(2, 3), inline=True)  # traced once
 
 
 def _along_kernel(
