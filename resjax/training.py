@@ -151,7 +151,8 @@ def introduce(config: Config, run: build.Run, workdir: epath.Path, latest: Any) 
         f"{config.num_classes} classes), {start}, in {workdir}\n"
         f"{run.num_steps:,} steps of {config.batch_size}, {config.num_epochs:g} epochs, "
         f"on {len(devices)} {devices[0].platform} device{'s'[: len(devices) > 1]}"
-        f"{shared} ({config.parallel}); peak learning rate {derived['peak_lr']:g}, {warmup}\n"
+        f"{shared} ({config.parallel}); "
+        f"peak learning rate {derived['peak_lr']:g}, {warmup}\n"
         "compiling ..."
     )
 
