@@ -50,8 +50,6 @@ from tqdm import tqdm
 
 from resjax import build, records
 from resjax.config import ArgumentParser, RunError, UsageError, load_config, run_command
-from resjax.data import pipeline
-from resjax.data.datasets import get_dataset
 
 CONFIG = """
 from functools import partial
@@ -163,17 +161,9 @@ def load_flax_example(folder: Path) -> tuple[Any, Any]:
 def load_batches(config_path: Path) -> list[dict[str, np.ndarray]]:
     """What train.py feeds its model, step by step, enlarged for the stem of ImageNet."""
     config = load_config(config_path)
-    source, _ = build.build_source(config, "train")
     augment = jax.jit(build.build_transforms(config)[0])
-    batches = pipeline.train_batches(
-        get_dataset(config.data.name),
-        source,
-        image_size=config.data.image_size,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        start_step=0,
-        num_steps=STEPS,
-    )
+    sharded = build.build_run(config).train_batches(0)
+    batches = [{k: x.reshape(-1, *x.shape[2:]) for k, x in b.items()} for b in sharded]
     return [
         {
             "image": np.asarray(augment(batch)).repeat(ENLARGED, 1).repeat(ENLARGED, 2),

@@ -12,8 +12,9 @@ from typing import Any
 from etils import epath
 from tqdm import tqdm
 
+from resjax import config as configs
 from resjax import hosts
-from resjax.config import UsageError
+from resjax.config import Config, UsageError
 
 Record = dict[str, Any]
 
@@ -33,6 +34,15 @@ def write_json(path: epath.Path, value: Any) -> None:
     draft = path.with_name(path.name + ".tmp")
     draft.write_text(json.dumps(value, indent=2) + "\n")
     draft.replace(path)
+
+
+def read_config(workdir: epath.Path) -> Config:
+    """The config of `config.json`; raises `UsageError` if it is none of this version."""
+    path = workdir / "config.json"
+    try:
+        return configs.from_dict(json.loads(path.read_text()))
+    except (OSError, ValueError) as error:  # also a UsageError: a field of another version
+        raise UsageError(f"{path} is no config of this version: {error}") from error
 
 
 def read_metrics(workdir: epath.Path) -> list[Record]:

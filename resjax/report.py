@@ -10,7 +10,6 @@ configuration if they differ in nothing but the seed and fields that change no n
 import csv
 import dataclasses
 import io
-import json
 import statistics
 import sys
 from collections.abc import Iterable
@@ -148,14 +147,10 @@ def _read_config(workdir: epath.Path) -> Config:
         parent = workdir.parent
         near = sorted(p.name for p in parent.iterdir())[:10] if parent.is_dir() else []
         raise UsageError(f"there is no directory {workdir}; beside it there are {near}")
-    path = workdir / "config.json"
-    if not path.exists():
+    if not (workdir / "config.json").exists():
         there = sorted(path.name for path in workdir.iterdir())
         raise UsageError(f"{workdir} holds no run, no config.json; it holds {there[:10]}")
-    try:
-        return configs.from_dict(json.loads(path.read_text()))
-    except (OSError, ValueError) as error:  # also a UsageError: a field of another version
-        raise UsageError(f"{path} is no config of this version: {error}") from error
+    return records.read_config(workdir)
 
 
 def _row(names: list[str], results: list[Result]) -> Row:

@@ -123,14 +123,7 @@ def make_train_step(
         local_size = len(batch["label"])
         if not 0 < microbatch < local_size:
             return of_part(batch)
-        parts = jax.tree.map(lambda x: x.reshape(-1, microbatch, *x.shape[1:]), batch)
-
-        def add_part(total: Any, part: Batch) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, of_part(part)), None
-
-        shapes = jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], parts))
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        (grads, batch_stats, sums), _ = lax.scan(add_part, zeros, parts)
+        grads, batch_stats, sums = _accumulate(of_part, batch, microbatch)
         mean = jax.tree.map(lambda x: x * (microbatch / local_size), batch_stats)
         return grads, mean, sums
 
@@ -158,6 +151,18 @@ def make_train_step(
         return new, sums
 
     return train_step
+
+
+def _accumulate(of_part: Callable[[Batch], Any], batch: Batch, microbatch: int) -> Any:
+    """The sum of `of_part` over the microbatches of a batch, one after another."""
+    parts = jax.tree.map(lambda x: x.reshape(-1, microbatch, *x.shape[1:]), batch)
+
+    def add_part(total: Any, part: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, of_part(part)), None
+
+    shapes = jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return lax.scan(add_part, zeros, parts)[0]
 
 
 def make_eval_step(

@@ -69,13 +69,8 @@ def check_workdir(workdir: epath.Path, config: Config) -> tuple[int | None, int 
     Raises:
       UsageError: the workdir holds a run of another config, or records of something else.
     """
-    path = workdir / "config.json"
-    if path.exists():
-        try:
-            stored = configs.from_dict(json.loads(path.read_text()))
-        except ValueError as error:  # also a UsageError: a field of another version
-            raise UsageError(f"{path} is no config of this version: {error}") from error
-        _check_same(workdir, stored, config)
+    if (workdir / "config.json").exists():
+        _check_same(workdir, records.read_config(workdir), config)
     elif (workdir / "metrics.jsonl").exists():
         raise UsageError(f"--workdir: {workdir} holds metrics.jsonl of something else")
     records.read_metrics(workdir)  # a damaged file is found before anything is done
