@@ -48,8 +48,15 @@ from etils import epath
 from flax import linen as nn
 from tqdm import tqdm
 
-from resjax import build, records
-from resjax.config import ArgumentParser, RunError, UsageError, load_config, run_command
+from resjax import build, build_data, records
+from resjax.config import (
+    ArgumentParser,
+    RunError,
+    UsageError,
+    load_config,
+    override,
+    run_command,
+)
 
 CONFIG = """
 from functools import partial
@@ -160,8 +167,8 @@ def load_flax_example(folder: Path) -> tuple[Any, Any]:
 
 def load_batches(config_path: Path) -> list[dict[str, np.ndarray]]:
     """What train.py feeds its model, step by step, enlarged for the stem of ImageNet."""
-    config = load_config(config_path)
-    augment = jax.jit(build.build_transforms(config)[0])
+    config = override(load_config(config_path), ["--config.data.on_device=false"])
+    augment = jax.jit(build_data.build_transforms(config)[0])
     sharded = build.build_run(config).train_batches(0)
     batches = [{k: x.reshape(-1, *x.shape[2:]) for k, x in b.items()} for b in sharded]
     return [

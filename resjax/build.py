@@ -5,7 +5,7 @@ from several fields (peak learning rate, steps) are computed here, after all ove
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -15,8 +15,8 @@ import numpy as np
 import optax
 from flax import linen as nn
 
-from resjax import initializers, optim, parallel, schedules, steps
-from resjax.config import Config, UsageError, unknown_name
+from resjax import build_data, initializers, optim, parallel, schedules, steps
+from resjax.config import Config, UsageError
 from resjax.loss_scale import init_loss_scale
 from resjax.models.norm import BatchNorm
 from resjax.models.resnet import create_model
@@ -31,13 +31,15 @@ class Run:
 
     Attributes:
       init_state: () -> the replicated state before the first update.
-      train_step: (state, batch) -> (state, sums), on all devices; state is donated.
+      train_step: (state, batch) -> (state, sums), on all devices; state is donated. If
+        they hold the training set, it makes several updates and gives a tuple of sums.
       eval_step: (variables, batch) -> sums, on all devices.
-      train_batches: (start_step, wants_stop) -> the sharded batches from that update to
-        the end; those of several hosts tell each other when wants_stop().
+      train_batches: (start_step, wants_stop) -> what train_step takes, from that update
+        to the end; the batches of several hosts tell each other when wants_stop().
       eval_batches: () -> the sharded batches of the test split, each example once.
       num_steps: updates of the whole run.
       eval_steps: updates after which the run is evaluated.
+      save_due: whether a checkpoint is written after that update.
       num_examples: of the training split.
       learning_rates: of every update, [num_steps] float32.
       derived: what was computed from several fields, to be shown and stored.
@@ -45,12 +47,13 @@ class Run:
     """
 
     init_state: Callable[[], TrainState]
-    train_step: Callable[[TrainState, Batch], tuple[TrainState, Any]]
+    train_step: Callable[[TrainState, Any], tuple[TrainState, Any]]
     eval_step: Callable[[Any, Batch], Any]
-    train_batches: Callable[..., Iterator[Batch]]
-    eval_batches: Callable[[], Iterator[Batch]]
+    train_batches: Callable[..., Iterator[Any]]
+    eval_batches: Callable[[], Iterable[Batch]]
     num_steps: int
     eval_steps: frozenset[int]
+    save_due: Callable[[int], bool]
     num_examples: int
     learning_rates: np.ndarray
     derived: dict[str, Any]
@@ -194,6 +197,19 @@ def build_eval_steps(config: Config, num_examples: int, num_steps: int) -> froze
     return frozenset(steps - {0} | {num_steps})
 
 
+def build_save_due(
+    config: Config, eval_steps: frozenset[int], num_steps: int
+) -> Callable[[int], bool]:
+    """Whether a checkpoint is written after an update; after the last in any case."""
+    every = config.checkpoint.every_steps
+
+    def save_due(step: int) -> bool:
+        due = step % every == 0 if every else step in eval_steps
+        return due or step == num_steps
+
+    return save_due
+
+
 def build_optimizer(
     config: Config, schedule: schedules.Schedule
 ) -> optax.GradientTransformation:
@@ -204,125 +220,41 @@ def build_optimizer(
     )
 
 
-def build_source(config: Config, split: str) -> tuple[Sequence[Any], list[str]]:
-    """Encoded examples of a split (our name for it), and the class names.
-
-    Raises:
-      UsageError: the data set is unknown or not there, has no such split, or another
-        number of classes than the config says.
-    """
-    from resjax.data import sources
-    from resjax.data.datasets import get_dataset
-
-    dataset = get_dataset(config.data.name)
-    if split not in dataset.splits:
-        raise unknown_name("split", split, dataset.splits)
-    builder = sources.open_builder(config.data.name, config.data.dir)
-    names = sources.class_names(builder)
-    if len(names) != config.num_classes:
-        raise UsageError(
-            f"config.num_classes: {config.num_classes}, but the data set "
-            f"{config.data.name} has {len(names)} classes"
-        )
-    return sources.open_source(builder, dataset.splits[split]), names
-
-
-def build_class_names(config: Config) -> list[str]:
-    """The class names of the data set, which need not be there; else numbers."""
-    from resjax.data import sources
-
-    names = sources.known_class_names(config.data.name)
-    known = len(names) == config.num_classes
-    return names if known else [str(i) for i in range(config.num_classes)]
-
-
-def build_transforms(config: Config) -> tuple[steps.Transform, steps.Transform]:
-    """The device-side halves of the input: (training, evaluation) batch -> images."""
-    from resjax.data import augment
-    from resjax.data.datasets import get_dataset
-
-    dataset = get_dataset(config.data.name)
-    stats = {"mean": dataset.mean, "std": dataset.std}
-    pad = round(dataset.shift * config.data.image_size)
-
-    def train(batch: Batch) -> jax.Array:
-        return augment.augment(
-            batch["image"],
-            batch["position"],
-            config.seed,
-            flip=dataset.flip,
-            pad=pad,
-            **stats,
-        )
-
-    def evaluation(batch: Batch) -> jax.Array:
-        return augment.normalize(batch["image"], **stats)
-
-    return train, evaluation
-
-
-def build_preprocess(config: Config) -> Callable[[Any], np.ndarray]:
-    """Images of any size, uint8 arrays or PIL -> [B, S, S, 3] float32, as in evaluation.
-
-    The function takes an image or a sequence or array of images, each [H, W, 3], [H, W, 1],
-    [H, W] (grey) or PIL; it raises `UsageError` for anything else. An array of three axes
-    is one image if the last holds at most 4 channels, else a batch [B, H, W] of grey ones.
-    """
-    from resjax.data import augment
-    from resjax.data.datasets import get_dataset
-
-    dataset, size = get_dataset(config.data.name), config.data.image_size
-
-    def to_rgb(image: Any) -> np.ndarray:
-        array = np.asarray(image.convert("RGB") if hasattr(image, "convert") else image)
-        if array.ndim == 2:
-            array = array[:, :, None]
-        if array.ndim == 3 and array.shape[-1] == 1:
-            array = np.repeat(array, 3, axis=-1)
-        right = array.ndim == 3 and array.shape[-1] == 3 and array.size > 0
-        if not right or array.dtype != np.uint8:
-            raise UsageError(
-                f"image: {array.dtype} of shape {array.shape}; it must be uint8 and "
-                "[H, W, 3], [H, W, 1] or [H, W], or PIL"
-            )
-        return array
-
-    def preprocess(images: Any) -> np.ndarray:
-        shape: tuple[int, ...] = getattr(images, "shape", ())
-        one_array = len(shape) == 2 or (len(shape) == 3 and shape[-1] <= 4)
-        single = hasattr(images, "convert") or one_array
-        images = [images] if single else images
-        crops = [dataset.eval_crop(to_rgb(image), size) for image in images]
-        if not crops:
-            raise UsageError("image: an empty list; give at least one image")
-        return np.asarray(augment.normalize(np.stack(crops), dataset.mean, dataset.std))
-
-    return preprocess
-
-
 def build_evaluation(
-    config: Config, split: str, batch_size: int
-) -> tuple[Callable[[Any, Batch], Any], Callable[[], Iterator[Batch]]]:
-    """The eval step on all devices, and a function that starts the batches of a split."""
-    from resjax.data import pipeline
-    from resjax.data.datasets import get_dataset
+    config: Config, split: str, batch_size: int, keep: bool = False
+) -> tuple[Callable[[Any, Batch], Any], Callable[[], Iterable[Batch]]]:
+    """The eval step on all devices, and a function that starts the batches of a split.
 
-    source, _ = build_source(config, split)
-    _, prepare = build_transforms(config)
+    Args:
+      config: of the run.
+      split: our name for it.
+      batch_size: examples at a time.
+      keep: the devices keep the batches of a small split.
+    """
+    from resjax.data import pipeline
+
+    source = build_data.build_source(config, split)
+    _, prepare = build_data.build_transforms(config)
     step = steps.make_eval_step(build_model(config), prepare)
     batches = partial(
         pipeline.eval_batches,
-        get_dataset(config.data.name),
-        source,
-        image_size=config.data.image_size,
+        build_data.build_reader(config, source),
         batch_size=batch_size,
         num_shards=jax.device_count(),
-        num_threads=config.data.num_threads,
         host=jax.process_index(),
         num_hosts=jax.process_count(),
     )
     run_step = parallel.run_on_devices(step, config.parallel)
-    return run_step, lambda: parallel.prefetch(batches())
+    kept: list[Batch] = []
+
+    def start() -> Iterable[Batch]:
+        if not (keep and build_data.is_small(config, len(source))):
+            return parallel.prefetch(batches(), config.data.prefetch)
+        if not kept:
+            kept.extend(parallel.prefetch(batches()))
+        return kept
+
+    return run_step, start
 
 
 def build_run(config: Config) -> Run:
@@ -331,22 +263,25 @@ def build_run(config: Config) -> Run:
     Raises:
       UsageError: naming the field that does not fit.
     """
-    from resjax.data import pipeline
-    from resjax.data.datasets import get_dataset
-
     model = build_model(config, axis_name=parallel.AXIS)
     scheme = initializers.get_scheme(config.init)
     check_devices(config, jax.device_count())
     check_model(config)
-    source, class_names = build_source(config, "train")
-    augment, _ = build_transforms(config)
+    source = build_data.build_source(config, "train")
+    augment, _ = build_data.build_transforms(config)
     schedule, derived = build_schedule(config, len(source))
     num_steps = derived["num_steps"]
     tx = build_optimizer(config, schedule)
     train_step = steps.make_train_step(
         model, tx, augment, config.batch_size, config.seed, config.microbatch
     )
-    eval_step, eval_batches = build_evaluation(config, "test", config.batch_size)
+    eval_steps = build_eval_steps(config, len(source), num_steps)
+    save_due = build_save_due(config, eval_steps, num_steps)
+    on_device = build_data.build_on_device(config, len(source))
+    steps_per_dispatch = build_data.build_steps_per_dispatch(config, on_device)
+    eval_step, eval_batches = build_evaluation(
+        config, "test", config.batch_size, keep=on_device
+    )
 
     def init_state() -> TrainState:
         key = jax.random.key(config.seed)
@@ -354,39 +289,29 @@ def build_run(config: Config) -> Run:
         loss_scale = init_loss_scale() if config.dtype == "float16" else None
         return parallel.replicate(steps.create_state(variables, tx, loss_scale))
 
-    def train_batches(
-        start_step: int, wants_stop: Callable[[], bool] = lambda: False
-    ) -> Iterator[Batch]:
-        batches = pipeline.train_batches(
-            get_dataset(config.data.name),
-            source,
-            image_size=config.data.image_size,
-            seed=config.seed,
-            batch_size=config.batch_size,
-            start_step=start_step,
-            num_steps=num_steps,
-            num_threads=config.data.num_threads,
-            host=jax.process_index(),
-            num_hosts=jax.process_count(),
-        )
-        if jax.process_count() > 1:
-            batches = (
-                {**batch, "stop": np.full(len(batch["label"]), wants_stop(), np.int32)}
-                for batch in batches
-            )
-        return parallel.prefetch(batches)
+    def must_end(step: int) -> bool:  # a dispatch, so that the state is there
+        return step in eval_steps or save_due(step)
 
+    if on_device:
+        run_step, train_batches = build_data.build_resident(
+            config, source, train_step, num_steps, steps_per_dispatch, must_end
+        )
+    else:
+        run_step, train_batches = build_data.build_streamed(
+            config, source, train_step, num_steps
+        )
     rates = jax.vmap(schedule)(jnp.arange(num_steps))
     return Run(
         init_state=init_state,
-        train_step=parallel.run_on_devices(train_step, config.parallel, donate_state=True),
+        train_step=run_step,
         eval_step=eval_step,
         train_batches=train_batches,
         eval_batches=eval_batches,
         num_steps=num_steps,
-        eval_steps=build_eval_steps(config, len(source), num_steps),
+        eval_steps=eval_steps,
+        save_due=save_due,
         num_examples=len(source),
         learning_rates=np.asarray(rates),
         derived=derived,
-        class_names=class_names,
+        class_names=source.class_names,
     )

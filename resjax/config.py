@@ -84,7 +84,17 @@ class DataConfig:
     name: str = "digits"
     dir: str | None = None  # None: $TFDS_DATA_DIR, or ~/tensorflow_datasets
     image_size: int = _positive(8)
-    num_threads: int = _not_negative(0)  # decoding threads on this host; 0 = one a core
+    recipe: str | None = None  # of the training augmentation; None: the data set's own
+    # Unreadable training examples that may be replaced by others; 0 = the run stops.
+    skip_errors: int = _not_negative(0)
+    # The whole data set in the memory of the devices; None: if it is small.
+    on_device: bool | None = None
+    # Updates that one dispatch makes of data on the device; 0 = 1 on a CPU, 8 elsewhere.
+    steps_per_dispatch: int = _not_negative(0)
+    # Processes that decode; 0 = threads of this one; None: one for every 8 cores over 8.
+    num_workers: int | None = _not_negative(None)
+    num_threads: int = _not_negative(0)  # decoding threads of each; 0 = one a core
+    prefetch: int = _positive(2)  # batches made ahead
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +149,12 @@ FREE_FIELDS = (
     "log_every_steps",
     "published_error",
     "data.dir",
+    "data.skip_errors",
+    "data.on_device",
+    "data.steps_per_dispatch",
+    "data.num_workers",
     "data.num_threads",
+    "data.prefetch",
     "checkpoint.every_steps",
     "checkpoint.keep",
 )
@@ -391,7 +406,8 @@ def override(config: Config, words: Iterable[str]) -> Config:
 
 def report_error(error: BaseException) -> int:
     """Says on standard error what one of `EXPECTED_ERRORS` is; returns the exit code."""
-    name, line = Path(sys.argv[0]).name, " ".join(str(error).split())
+    path, line = Path(sys.argv[0]), " ".join(str(error).split())
+    name = path.name.replace("__main__.py", f"python -m resjax.{path.parent.name}")
     if isinstance(error, KeyboardInterrupt):
         code, line = 130, "interrupted"
     else:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from resjax import build, records
+from resjax import build, build_data, records
 from resjax import config as configs
 from resjax.config import Config, DataConfig, UsageError
 from resjax.weights import from_torch
@@ -38,7 +38,7 @@ def write_checkpoint(
     record = {
         "config": dataclasses.asdict(config),
         "derived": {"num_steps": 0},  # a run that is finished
-        "class_names": build.build_class_names(config),
+        "class_names": build_data.build_class_names(config),
     }
     try:
         workdir.mkdir(parents=True, exist_ok=True)

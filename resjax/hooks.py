@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from resjax import hosts
-from resjax.loop import Hook
+from resjax.loop import Hook, Waits
 from resjax.metrics import Sums, summarize
 from resjax.records import Record
 from resjax.steps import TrainState
@@ -26,7 +26,7 @@ from resjax.steps import TrainState
 class TrainLog:
     """A hook that writes the averages of every few steps, without stalling the devices.
 
-    Sums are fetched one step late, when the next update is already under way.
+    Sums are fetched one dispatch late, when the next updates are already under way.
 
     Attributes:
       write: takes the record of a window of steps.
@@ -34,6 +34,7 @@ class TrainLog:
       epochs_per_step: to say where the run is.
       learning_rates: of every step of the run, [num_steps].
       images_per_step: the global minibatch.
+      waits: of the loop that calls the hook.
       latest: the last record written.
     """
 
@@ -42,43 +43,62 @@ class TrainLog:
     epochs_per_step: float
     learning_rates: np.ndarray
     images_per_step: int
+    waits: Waits = dataclasses.field(default_factory=Waits)
     latest: Record = dataclasses.field(default_factory=dict)
     _waiting: list[tuple[int, Sums]] = dataclasses.field(default_factory=list)
     _window: list[Sums] = dataclasses.field(default_factory=list)
-    _since: float | None = None  # when the clock was last read; None before the first step
-    _seconds: float = 0.0  # of the window, without its pauses
-    _timed_steps: int = 0  # of the window, without the first step, which compiles
+    _state: TrainState | None = None  # after the last dispatch
+    _since: np.ndarray | None = None  # the last `_clock`; None before the first dispatch
+    # Seconds passed and seconds waited for data, without pauses: of the window, and of
+    # those written since `take_data_wait`.
+    _spent: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(2))
+    _unreported: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(2))
+    _is_timed: bool = False  # not the first dispatch, which compiles
+    _timed_steps: int = 0  # of the window
 
     def __call__(self, step: int, state: TrainState, sums: Sums) -> None:
-        """Takes the sums of a step, and writes a record if the window before has ended."""
-        if (step - 1) % self.every == 0:
-            self._fetch()
-        self._waiting.append((step, sums))
+        """Takes the sums of a step, and writes the records of windows that have ended."""
         if self._since is None:
-            self._since = time.perf_counter()
-        else:
-            self._timed_steps += 1
+            self._since, self._state = self._clock(), state
+        if state is not self._state:  # the first step of another dispatch
+            self._is_timed, self._state = True, state
+            if any(waiting % self.every == 0 for waiting, _ in self._waiting):
+                self._fetch()
+        self._waiting.append((step, sums))
+        self._timed_steps += self._is_timed
+
+    def _clock(self) -> np.ndarray:
+        return np.array([time.perf_counter(), self.waits.data])
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """What happens inside is not timed; all losses so far are checked before."""
         self._fetch()
         yield
-        self._since = time.perf_counter()
+        self._since = self._clock()
+
+    def take_data_wait(self) -> float:
+        """Percent of the time, in the windows since it was last asked, without data."""
+        unreported, self._unreported = self._unreported, np.zeros(2)
+        return _percent_waited(unreported)
 
     def _fetch(self) -> None:
         """Fetches all that waits; writes a record where a window ends.
+
+        Windows that end in one dispatch share its speed.
 
         Raises:
           FloatingPointError: a loss that is not finite.
         """
         steps = [step for step, _ in self._waiting]
-        fetched = jax.device_get([sums for _, sums in self._waiting])
+        with self.waits.for_devices():
+            fetched = jax.device_get([sums for _, sums in self._waiting])
         self._waiting = []
         if self._since is not None:
-            now = time.perf_counter()
-            self._seconds += now - self._since
+            now = self._clock()
+            self._spent += now - self._since
             self._since = now
+        has_written = False
         for step, sums in zip(steps, fetched, strict=True):
             if not math.isfinite(sums["loss"]):
                 rate = self.learning_rates[step - 1]
@@ -88,12 +108,16 @@ class TrainLog:
             self._window.append(sums)
             if step % self.every == 0 or step == len(self.learning_rates):
                 self._write(step)
+                has_written = True
+        if has_written:
+            self._unreported += self._spent
+            self._spent, self._timed_steps = np.zeros(2), 0
 
     def _write(self, step: int) -> None:
-        images = self._timed_steps * self.images_per_step
-        speed = images / max(self._seconds, 1e-9)
-        self.latest = self.record(step, "train", summarize(self._window), speed)
-        self._window, self._seconds, self._timed_steps = [], 0.0, 0
+        speed = self._timed_steps * self.images_per_step / max(self._spent[0], 1e-9)
+        record = self.record(step, "train", summarize(self._window), speed)
+        self.latest = {**record, "data_wait": round(_percent_waited(self._spent), 1)}
+        self._window = []
         self.write(self.latest)
 
     def record(
@@ -115,6 +139,11 @@ class TrainLog:
             "lr": float(self.learning_rates[step - 1]),
             "images_per_second": round(images_per_second, 1),
         }
+
+
+def _percent_waited(spent: np.ndarray) -> float:
+    seconds, waited = map(float, spent)
+    return 100 * waited / max(seconds, 1e-9)
 
 
 def make_hook(

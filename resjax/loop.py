@@ -1,7 +1,10 @@
 """The two loops, over steps that are given: fit and evaluate."""
 
+import contextlib
+import dataclasses
+import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -10,50 +13,106 @@ from resjax.metrics import Sums, summarize
 from resjax.steps import TrainState
 
 Hook = Callable[[int, TrainState, Sums], None]
-_IN_FLIGHT = 2  # steps dispatched ahead of the devices; more only holds batches in memory
+TrainStep = Callable[[TrainState, Any], tuple[TrainState, Sums | tuple[Sums, ...]]]
+_IN_FLIGHT = 2  # dispatches ahead of the devices; more only holds batches in memory
+
+
+@dataclasses.dataclass
+class Waits:
+    """How long a run has waited, so far.
+
+    Attributes:
+      data: seconds, for the next batch.
+      devices: seconds, for what they compute.
+    """
+
+    data: float = 0.0
+    devices: float = 0.0
+
+    def for_data(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The batches; the time that each takes to come is counted."""
+        source = iter(batches)
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = next(source)
+            except StopIteration:
+                return
+            finally:
+                self.data += time.perf_counter() - start
+            yield batch
+
+    @contextlib.contextmanager
+    def for_devices(self) -> Iterator[None]:
+        """The time that passes inside is counted."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.devices += time.perf_counter() - start
 
 
 def fit(
-    train_step: Callable[[TrainState, Any], tuple[TrainState, Sums]],
+    train_step: TrainStep,
     state: TrainState,
     batches: Iterable[Any],
     hooks: Sequence[Hook],
     should_stop: Callable[[Sums | None], bool] = lambda finished: False,
+    waits: Waits | None = None,
 ) -> TrainState:
-    """Runs one update for every batch.
+    """Runs one dispatch for every batch.
 
     Args:
-      train_step: (state, batch) -> (state, sums).
+      train_step: (state, batch) -> (state, sums) of one update, or a tuple of the sums of
+        several.
       state: where to start; its memory is given to the first update.
       batches: from the one of update `state.step` on.
-      hooks: called in order after each update as hook(step, state, sums), where step
-        counts the updates finished and sums may still be computing.
-      should_stop: asked after the hooks of each step, with the sums of the last step that
-        the devices are known to have finished, None at first; True ends the loop.
+      hooks: called in order after the dispatch of each update as hook(step, state, sums),
+        where step counts the updates finished, sums may still be computing, and state is
+        that after the last update of the dispatch, the same object for all of them.
+      should_stop: asked after the hooks of each dispatch, with the sums of the last step
+        that the devices are known to have finished, None at first; True ends the loop.
+      waits: what the loop waits for is added to it.
 
     Returns:
       The state after the last update.
     """
+    waits = waits or Waits()
     step = int(state.step)
     in_flight: deque[Sums] = deque()
     finished = None
-    for batch in batches:
-        state, sums = train_step(state, batch)
-        while sums.pop("skipped", False):  # a float16 overflow: again, at half the scale
-            state, sums = train_step(state, batch)
-        step += 1
-        in_flight.append(sums)
+    for batch in waits.for_data(batches):
+        state, each = _dispatch(train_step, state, batch, waits)
+        in_flight.append(each[-1])
         if len(in_flight) > _IN_FLIGHT:
-            finished = jax.block_until_ready(in_flight.popleft())
-        for hook in hooks:
-            hook(step, state, sums)
+            with waits.for_devices():
+                finished = jax.block_until_ready(in_flight.popleft())
+        for sums in each:
+            step += 1
+            for hook in hooks:
+                hook(step, state, sums)
         if should_stop(finished):
             break
     return state
 
 
+def _dispatch(
+    train_step: TrainStep, state: TrainState, batch: Any, waits: Waits
+) -> tuple[TrainState, tuple[Sums, ...]]:
+    """The state and the sums of each update, after a float16 overflow at half the scale."""
+    while True:
+        state, sums = train_step(state, batch)
+        each = sums if isinstance(sums, tuple) else (sums,)
+        with waits.for_devices():
+            if not each[-1].pop("skipped", False):
+                return state, each
+
+
 def evaluate(
-    eval_step: Callable[[Any, Any], Sums], variables: Any, batches: Iterable[Any]
+    eval_step: Callable[[Any, Any], Sums],
+    variables: Any,
+    batches: Iterable[Any],
+    waits: Waits | None = None,
 ) -> dict[str, float]:
     """Averages over all batches, each example once.
 
@@ -61,13 +120,17 @@ def evaluate(
       eval_step: (variables, batch) -> sums.
       variables: {"params", "batch_stats"}, replicated.
       batches: sharded, with a mask.
+      waits: what the loop waits for is added to it.
 
     Returns:
       {"loss", "top1", "top5", "num_examples"}, see `metrics.summarize`.
     """
+    waits = waits or Waits()
     sums: list[Sums] = []
-    for batch in batches:
+    for batch in waits.for_data(batches):
         sums.append(eval_step(variables, batch))
         if len(sums) > _IN_FLIGHT:
-            jax.block_until_ready(sums[-1 - _IN_FLIGHT])
-    return summarize(sums)
+            with waits.for_devices():
+                jax.block_until_ready(sums[-1 - _IN_FLIGHT])
+    with waits.for_devices():
+        return summarize(sums)

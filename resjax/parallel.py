@@ -6,6 +6,7 @@ hosts every process runs the same program on its own devices.
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -25,48 +26,56 @@ def _mesh() -> Mesh:
     return Mesh(np.array(_devices()), (AXIS,))
 
 
-def _with_pmap(step: Callable, donate: tuple[int, ...]) -> Callable:
-    return jax.pmap(
-        step,
-        AXIS,
-        in_axes=(None, 0),
+def _with_pmap(step: Callable, donate: tuple[int, ...], sharded: bool) -> Callable:
+    on_all = partial(
+        jax.pmap,
+        axis_name=AXIS,
         out_axes=None,
         donate_argnums=donate,
         devices=_devices(),
     )
+    if sharded:
+        return on_all(step, in_axes=(None, 0))
+    run = on_all(lambda state, batch, _: step(state, batch), in_axes=(None, None, 0))
+    nothing = shard(np.zeros(jax.local_device_count()))  # pmap must map over something
+    return lambda state, batch: run(state, batch, nothing)
 
 
-def _with_shard_map(step: Callable, donate: tuple[int, ...]) -> Callable:
+def _with_shard_map(step: Callable, donate: tuple[int, ...], sharded: bool) -> Callable:
     def per_device(state: Any, batch: Any) -> Any:
-        return step(state, jax.tree.map(lambda x: x[0], batch))
+        return step(state, jax.tree.map(lambda x: x[0], batch) if sharded else batch)
 
     # check_vma would insert a sum of the gradients of replicated parameters of its own.
-    sharded = jax.shard_map(
+    mapped = jax.shard_map(
         per_device,
         mesh=_mesh(),
-        in_specs=(P(), P(AXIS)),
+        in_specs=(P(), P(AXIS) if sharded else P()),
         out_specs=P(),
         check_vma=False,
     )
-    return jax.jit(sharded, donate_argnums=donate)
+    return jax.jit(mapped, donate_argnums=donate)
 
 
 RUNNERS = {"pmap": _with_pmap, "shard_map": _with_shard_map}
 
 
-def run_on_devices(step: Callable, runner: str, donate_state: bool = False) -> Callable:
-    """A per-device program as a function of replicated state and a sharded batch.
+def run_on_devices(
+    step: Callable, runner: str, donate_state: bool = False, sharded: bool = True
+) -> Callable:
+    """A per-device program as a function of replicated state and a batch.
 
     Args:
       step: (state, batch) -> outputs, using collectives over `AXIS`, whose outputs are
         the same on every device.
       runner: "pmap" or "shard_map".
       donate_state: reuse the memory of `state`, which the caller must not touch again.
+      sharded: each device takes its part of the batch; else all of it.
 
     Returns:
-      (state, batch) -> outputs; state and outputs replicated, batch from `shard`.
+      (state, batch) -> outputs; state and outputs replicated, batch from `shard`, or from
+      `replicate` if it is not sharded.
     """
-    return RUNNERS[runner](step, (0,) if donate_state else ())
+    return RUNNERS[runner](step, (0,) if donate_state else (), sharded)
 
 
 def replicated() -> NamedSharding:

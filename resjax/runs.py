@@ -15,7 +15,7 @@ from etils import epath
 from flax import linen as nn
 from jax.sharding import Sharding, SingleDeviceSharding
 
-from resjax import build, loop, parallel, records
+from resjax import build, build_data, loop, parallel, records
 from resjax import config as configs
 from resjax.config import Config, UsageError
 
@@ -148,7 +148,7 @@ def restore(workdir: str | epath.Path, step: int | None = None) -> Restored:
         model = build.build_model(config)
         device = SingleDeviceSharding(jax.local_devices()[0])
         variables = _restore_variables(checkpoints, step, model, device)
-    preprocess = build.build_preprocess(config)
+    preprocess = build_data.build_preprocess(config)
 
     @jax.jit
     def softmax(variables: Any, images: jax.Array) -> jax.Array:

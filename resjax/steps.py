@@ -66,6 +66,9 @@ def create_state(
     return TrainState(step, params, stats, tx.init(params), loss_scale)
 
 
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Sums]]
+
+
 def make_train_step(
     model: nn.Module,
     tx: optax.GradientTransformation,
@@ -73,7 +76,7 @@ def make_train_step(
     batch_size: int,
     seed: int = 0,
     microbatch: int = 0,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
+) -> TrainStep:
     """The update of one device, to be run under the mapped axis `AXIS`.
 
     Args:
@@ -151,6 +154,45 @@ def make_train_step(
         return new, sums
 
     return train_step
+
+
+def make_train_steps(
+    train_step: TrainStep,
+    take_batch: Callable[..., Batch],
+    num_steps: int,
+    unroll: bool,
+) -> Callable[[TrainState, Any], tuple[TrainState, tuple[Sums, ...]]]:
+    """Several updates of one device in one program, of data that it holds.
+
+    Args:
+      train_step: from `make_train_step`.
+      take_batch: (data, step, device_index=, num_devices=) -> the device's batch.
+      num_steps: updates; 1 if the state has a loss scale, so that a skipped one repeats.
+      unroll: no loop in the program, which takes longer to compile and, on a CPU, less to
+        run.
+
+    Returns:
+      (state, data) -> (state, the sums of each update).
+    """
+
+    def one_step(state: TrainState, data: Any) -> tuple[TrainState, Sums]:
+        place = {"device_index": lax.axis_index(AXIS), "num_devices": lax.axis_size(AXIS)}
+        return train_step(state, take_batch(data, state.step, **place))
+
+    def train_steps(state: TrainState, data: Any) -> tuple[TrainState, tuple[Sums, ...]]:
+        if not unroll and num_steps > 1:  # a loop of one would still be a loop
+            state, stacked = lax.scan(
+                lambda state, _: one_step(state, data), state, length=num_steps
+            )
+            sums = [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(num_steps)]
+            return state, tuple(sums)
+        sums = []
+        for _ in range(num_steps):
+            state, new = one_step(state, data)
+            sums.append(new)
+        return state, tuple(sums)
+
+    return train_steps
 
 
 def _accumulate(of_part: Callable[[Batch], Any], batch: Batch, microbatch: int) -> Any:

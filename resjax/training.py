@@ -7,6 +7,7 @@ import math
 import signal
 import time
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,6 +17,8 @@ from resjax import build, checkpoint, hooks, hosts, loop, parallel, records
 from resjax import config as configs
 from resjax.config import Config, RunError, UsageError
 from resjax.steps import TrainState
+
+_LONG_WAIT = 20  # percent of the time without data
 
 
 def train(config: Config, workdir: str | epath.Path) -> int:
@@ -97,7 +100,7 @@ def _check_same(workdir: epath.Path, stored: Config, config: Config) -> None:
 def check_agreement(config: Config, workdir: epath.Path) -> None:
     """Raises `UsageError` if the processes of a run are not about to do the same."""
     flat = configs.flatten(config)
-    own = ("data.dir", "data.num_threads")  # may be a host's own
+    own = ("data.dir", "data.num_workers", "data.num_threads", "data.prefetch")
     shared = json.dumps({name: flat[name] for name in flat if name not in own})
     if not hosts.is_same(zlib.crc32(shared.encode())):
         raise UsageError("--config: the processes of the run have different configs")
@@ -161,11 +164,7 @@ def _fit(
 ) -> int:
     """`loop.fit` with the hooks of a run around it; returns the exit code."""
     start_step, started = int(state.step), time.perf_counter()
-    record = {
-        "config": dataclasses.asdict(config),
-        "derived": run.derived,
-        "class_names": run.class_names,
-    }
+    waits = loop.Waits()
     with contextlib.ExitStack() as stack:
         received = stack.enter_context(hooks.stop_signals())
         write = stack.enter_context(records.open_metrics(workdir, start_step))
@@ -177,27 +176,10 @@ def _fit(
             epochs_per_step=config.batch_size / run.num_examples,
             learning_rates=run.learning_rates,
             images_per_step=config.batch_size,
+            waits=waits,
         )
-
-        def evaluate(step: int, state: TrainState) -> None:
-            before = time.perf_counter()
-            means = loop.evaluate(run.eval_step, state.variables, run.eval_batches())
-            if not math.isfinite(means["loss"]):
-                raise FloatingPointError(f"the test loss is {means['loss']} at step {step}")
-            speed = means["num_examples"] / (time.perf_counter() - before)
-            test = log.record(step, "test", means, speed)
-            write(test)
-            records.plot_curves(workdir, f"{config.model} on {config.data.name}")
-            report(run.num_steps, log.latest, test)
-
-        def save(step: int, state: TrainState) -> None:
-            state = parallel.as_global(state)
-            checkpoint.save(checkpoints, step, state.variables, state.optimizer, record)
-
-        def save_due(step: int) -> bool:
-            every = config.checkpoint.every_steps
-            due = step % every == 0 if every else step in run.eval_steps
-            return due or step == run.num_steps
+        evaluate = _make_evaluation(config, run, workdir, log)
+        save = _make_save(config, run, checkpoints)
 
         def should_stop(finished: Any) -> bool:
             if jax.process_count() == 1:
@@ -213,9 +195,10 @@ def _fit(
                     log,
                     hooks.make_progress_hook(bar, log),
                     hooks.make_hook(run.eval_steps.__contains__, evaluate, log),
-                    hooks.make_hook(save_due, save, log),
+                    hooks.make_hook(run.save_due, save, log),
                 ],
                 should_stop=should_stop,
+                waits=waits,
             )
             step = int(state.step)
             if step != checkpoints.latest_step():  # stopped by a signal between two saves
@@ -231,8 +214,50 @@ def _fit(
         records.say(f"stopped by signal {signum}; step {step} is saved")
         return 128 + signum
     minutes, seconds = divmod(round(time.perf_counter() - started), 60)
-    records.say(f"finished in {minutes} min {seconds:02d} s; see {workdir}/curves.png")
+    records.say(
+        f"finished in {minutes} min {seconds:02d} s (waited {waits.data:.0f} s for data, "
+        f"{waits.devices:.0f} s for the devices); see {workdir}/curves.png"
+    )
     return 0
+
+
+def _make_evaluation(
+    config: Config, run: build.Run, workdir: epath.Path, log: hooks.TrainLog
+) -> Callable[[int, TrainState], None]:
+    """The action that evaluates, records and reports."""
+
+    def evaluate(step: int, state: TrainState) -> None:
+        before = time.perf_counter()
+        means = loop.evaluate(
+            run.eval_step, state.variables, run.eval_batches(), waits=log.waits
+        )
+        if not math.isfinite(means["loss"]):
+            raise FloatingPointError(f"the test loss is {means['loss']} at step {step}")
+        speed = means["num_examples"] / (time.perf_counter() - before)
+        test = log.record(step, "test", means, speed)
+        log.write(test)
+        records.plot_curves(workdir, f"{config.model} on {config.data.name}")
+        report(run.num_steps, log.latest, test)
+        report_wait(log.take_data_wait(), config.data.name)
+
+    return evaluate
+
+
+def _make_save(
+    config: Config, run: build.Run, checkpoints: Any
+) -> Callable[[int, TrainState], None]:
+    """The action that writes a checkpoint."""
+    record = {
+        "config": dataclasses.asdict(config),
+        "derived": run.derived,
+        "class_names": run.class_names,
+    }
+
+    def save(step: int, state: TrainState) -> None:
+        state = parallel.as_global(state)
+        checkpoint.save(checkpoints, step, state.variables, state.optimizer, record)
+
+    return save
 
 
 def report(num_steps: int, train: records.Record, test: records.Record) -> None:
@@ -243,6 +268,16 @@ def report(num_steps: int, train: records.Record, test: records.Record) -> None:
             line += f"{row['split']} loss {row['loss']:.4f} top-1 {row['top1']:6.2f} %  "
     speed = f"{train['images_per_second']:,.0f} images/s" if train else ""
     records.say((line + speed).rstrip())
+
+
+def report_wait(percent: float, data_name: str) -> None:
+    """Says that training waits for data, if it waits long."""
+    if percent > _LONG_WAIT:
+        records.say(
+            f"waiting for data {percent:.0f} % of the time; more "
+            "--config.data.num_workers, a larger --config.data.prefetch or "
+            f"`python -m resjax.data {data_name} --shrink=512` may help"
+        )
 
 
 def _failure(error: Exception, checkpoints: Any) -> RunError:

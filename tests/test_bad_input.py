@@ -192,7 +192,7 @@ def test_eval_refuses_each_variant(run_here, folder_with_run, flags, words):
 def test_a_data_set_that_is_not_prepared_is_answered_with_what_to_run(run_here, folder):
     (folder / "tfds").mkdir()
     flags = "--config.data.name=cifar10", f"--config.data.dir={folder / 'tfds'}"
-    words = ["cifar10", str(folder / "tfds"), "run: ", "download_and_prepare"]
+    words = ["cifar10", str(folder / "tfds"), "run: ", "python -m resjax.data cifar10"]
     check_refusal("train.py", *run_here("train.py", *flags), words)
     assert not list((folder / "tfds").iterdir())
 

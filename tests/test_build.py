@@ -6,8 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from resjax import build
-from resjax.config import Config, NormConfig, UsageError
+from resjax import build, build_data, loop, parallel
+from resjax.config import CheckpointConfig, Config, DataConfig, NormConfig, UsageError
+from resjax.data import order
+from resjax.steps import TrainState
 
 
 def derived_of(num_examples=1_281_167, **fields):
@@ -102,6 +104,52 @@ def test_evaluation_comes_after_the_last_step_and_every_so_often():
     assert sorted(run.eval_steps) == [11, 22, 28]
     assert run.learning_rates.shape == (28,)
     assert run.class_names == list("0123456789")
+
+
+@pytest.mark.parametrize("every, due", [(0, {11, 22, 28}), (12, {12, 24, 28})])
+def test_checkpoints_come_every_so_often_and_after_the_last_step(every, due):
+    config = dataclasses.replace(Config(), checkpoint=CheckpointConfig(every_steps=every))
+    save_due = build.build_save_due(config, frozenset({11, 22, 28}), 28)
+    assert set(filter(save_due, range(1, 29))) == due
+
+
+@pytest.mark.parametrize("on_device", [True, False])
+def test_only_a_small_set_is_evaluated_from_the_memory_of_the_devices(on_device):
+    run = build.build_run(Config(data=DataConfig(on_device=on_device)))
+    first, second = ([b["image"] for b in run.eval_batches()] for _ in range(2))
+    assert len(first) == len(second) == 3  # 360 examples
+    for a, b in zip(first, second, strict=True):
+        assert (a is b) == on_device
+        np.testing.assert_array_equal(a, b)
+
+
+def test_dispatches_take_the_minibatches_of_the_stream(monkeypatch):
+    def make_train_step(*_):  # sums what it is given
+        def train_step(state, batch):
+            weighted = (batch["label"] * (batch["position"] % 97)).sum()
+            sums = {"loss": jax.lax.psum(weighted, parallel.AXIS)}
+            return state.replace(step=state.step + 1), sums
+
+        return train_step
+
+    monkeypatch.setattr(build.steps, "make_train_step", make_train_step)
+    data = DataConfig(steps_per_dispatch=4)
+    config = Config(data=data, num_epochs=2.5, eval_every_epochs=1.0)
+    run, found, dispatches = build.build_run(config), {}, set()
+
+    def note(step, state, sums):
+        found[step] = int(sums["loss"])
+        dispatches.add(int(state.step))
+
+    state = TrainState(parallel.replicate(np.int32(2)), {}, {}, ())
+    loop.fit(run.train_step, state, run.train_batches(2), [note])
+    source = build_data.build_source(config, "train")
+    labels = np.array([source[i]["label"] for i in range(1437)])
+    stream = np.concatenate([labels[order.permutation(0, e, 1437)] for e in range(3)])
+    stream = stream * (np.arange(3 * 1437) % 97)
+    expected = stream[: 28 * 128].reshape(28, 128).sum(axis=1)
+    assert found == dict(enumerate(expected[2:], start=3))
+    assert dispatches == {6, 10, 11, 15, 19, 20, 21, 22, 26, 27, 28}  # evaluated: 11, 22
 
 
 def test_a_run_too_long_to_count_its_examples_is_refused():

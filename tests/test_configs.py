@@ -83,6 +83,10 @@ def test_the_8k_recipe_differs_from_the_baseline_in_its_minibatch():
         np.testing.assert_allclose(rate(step), expected, rtol=1e-6)
 
 
+# The modules that may read config fields.
+DOORS = "build", "build_data", "training", "runs", "convert", "report", "config"
+
+
 def test_every_config_field_is_read_and_only_by_the_doors():
     # config.a.b read as an attribute: the last name of a chain that begins with `config`.
     read = set()
@@ -90,7 +94,7 @@ def test_every_config_field_is_read_and_only_by_the_doors():
         found = set(re.findall(r"\bconfig\.([a-z_0-9.]+)", strip_strings(path.read_text())))
         found = {name.rstrip(".") for name in found} & set(configs.fields())
         read |= found
-        if path.stem not in ("build", "training", "runs", "convert", "report", "config"):
+        if path.stem not in DOORS:
             assert not found, f"{path.name} reads {found}"
     by_a_loop = {f"model_kwargs.{option}" for option in OPTIONS}
     assert not set(configs.fields()) - read - by_a_loop

@@ -9,7 +9,7 @@ from conftest import ROOT
 from tiny_tfds import SIZES, encode, pixels, write_imagenet
 
 import resjax
-from resjax import build, parallel, steps
+from resjax import build, build_data, parallel, steps
 from resjax import config as configs
 from resjax.data.decode import decode
 
@@ -92,7 +92,7 @@ def test_memory_of_an_accumulated_step_does_not_grow_with_the_minibatch():
         )
         model = build.build_model(config, axis_name=parallel.AXIS)
         tx = build.build_optimizer(config, lambda step: 0.1)
-        augment, _ = build.build_transforms(config)
+        augment, _ = build_data.build_transforms(config)
         step = steps.make_train_step(model, tx, augment, batch_size, 0, microbatch)
         image = jax.ShapeDtypeStruct((1, batch_size, 32, 32, 3), np.uint8)
         number = jax.ShapeDtypeStruct((1, batch_size), np.int32)

@@ -44,6 +44,22 @@ def test_gradients_of_replicated_parameters_are_summed_once(runner):
 
 
 @pytest.mark.parametrize("runner", parallel.RUNNERS)
+def test_a_batch_that_is_not_sharded_is_whole_on_every_device(runner):
+    def own_rows(state, batch):
+        rows = batch["x"].reshape(lax.axis_size(parallel.AXIS), -1, 3)
+        return state, lax.all_gather(rows[lax.axis_index(parallel.AXIS)], parallel.AXIS)
+
+    w, x = inputs()
+    run = parallel.run_on_devices(own_rows, runner, donate_state=True, sharded=False)
+    first = parallel.replicate({"w": w})
+    batch = parallel.replicate({"x": x})
+    state, rows = run(first, batch)
+    np.testing.assert_array_equal(rows.reshape(16, 3), x)
+    assert state["w"].sharding.is_fully_replicated
+    assert first["w"].is_deleted() and not batch["x"].is_deleted()
+
+
+@pytest.mark.parametrize("runner", parallel.RUNNERS)
 @pytest.mark.parametrize("donate", [False, True])
 def test_state_is_donated_only_when_asked(runner, donate):
     w, x = inputs()

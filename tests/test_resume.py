@@ -33,7 +33,8 @@ def read_metrics(workdir):
 
 
 def without_speed(records):
-    return [{k: v for k, v in r.items() if k != "images_per_second"} for r in records]
+    timings = "images_per_second", "data_wait"
+    return [{k: v for k, v in r.items() if k not in timings} for r in records]
 
 
 def saved_state(workdir, step):

@@ -184,6 +184,35 @@ def test_an_overflow_changes_nothing_but_the_scale_and_training_recovers():
     assert losses[-1] < 0.8 * losses[0]
 
 
+@pytest.mark.parametrize("num_steps, unroll", [(1, False), (3, True), (3, False)])
+def test_updates_of_one_program_follow_one_another_as_in_a_plain_loop(num_steps, unroll):
+    def train_step(state, batch):  # w goes towards the mean of its minibatch
+        total = jax.lax.psum(batch["x"].sum(), parallel.AXIS)
+        w = state.params + RATE * (total / 8 - state.params)
+        return state.replace(step=state.step + 1, params=w), {"loss": w, "total": total}
+
+    def take_batch(data, step, device_index, num_devices):
+        assert num_devices == 4
+        return {"x": jax.lax.dynamic_slice(data, (8 * step + 2 * device_index,), (2,))}
+
+    x = np.random.RandomState(0).randn(8 * 30).astype(np.float32)
+    program = steps.make_train_steps(train_step, take_batch, num_steps, unroll)
+    mapped = on_devices(program, 4)
+    state, found = steps.TrainState(jnp.int32(0), jnp.float32(0), {}, ()), []
+    for _ in range(30 // num_steps):
+        state, sums = mapped(state, np.stack([x] * 4))
+        assert len(sums) == num_steps
+        found += sums
+    w, expected = 0.0, []
+    for minibatch in x.astype(np.float64).reshape(30, 8):
+        w += RATE * (minibatch.mean() - w)
+        expected.append(w)
+    np.testing.assert_allclose([s["loss"] for s in found], expected, rtol=1e-4, atol=1e-6)
+    totals = x.reshape(30, 8).sum(axis=1)
+    np.testing.assert_allclose([s["total"] for s in found], totals, rtol=1e-4, atol=1e-6)
+    assert state.step == 30 and state.params == found[-1]["loss"]
+
+
 def test_eval_step_ignores_padding_and_leaves_the_statistics():
     model, batch = tiny_model(), random_batch()
     variables = init(model, jax.random.key(0))

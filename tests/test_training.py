@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import shutil
+from functools import partial
 
 import cv2
 import jax
@@ -12,13 +14,16 @@ import pytest
 from conftest import ROOT
 from etils import epath
 
-from resjax import checkpoint
+from resjax import checkpoint, training
+from resjax import config as configs
+from resjax.models.resnet import MODELS
 
 # One worker runs all that share `digits_run`.
 pytestmark = pytest.mark.xdist_group("runs")
 
 TRAIN_EXAMPLES, BATCH_SIZE, NUM_STEPS = 1437, 128, 22  # 2 epochs are 22.45 steps
 RECORD = ["step", "epoch", "split", "loss", "top1", "top5", "lr", "images_per_second"]
+RECORD += ["data_wait"]  # of the training
 
 
 def read_metrics(workdir):
@@ -53,7 +58,8 @@ def test_a_run_says_what_it_does_and_how_it_stands(digits_run):
     for line, row in zip(reports, test, strict=True):
         assert f"{row['step']}/22" in line and "images/s" in line
         assert f"test loss {row['loss']:.4f} top-1 {row['top1']:6.2f} %" in line
-    assert end.startswith("finished in ") and "curves.png" in end
+    ended = r"finished in \d+ min \d\d s \(waited \d+ s for data, \d+ s for the devices\);"
+    assert re.match(ended, end) and end.endswith("curves.png")
 
 
 def test_a_run_leaves_its_files_and_nothing_else(digits_run):
@@ -77,7 +83,9 @@ def test_metrics_have_one_full_record_for_every_step_and_evaluation(digits_run):
     metrics = read_metrics(digits_run.workdir)
     for row in metrics:
         assert list(row) == [name for name in RECORD if name in row]
-        assert set(RECORD) - set(row) <= ({"lr"} if row["split"] == "test" else set())
+        assert set(RECORD) - set(row) == (
+            {"data_wait"} if row["split"] == "test" else set()
+        )
         assert row["epoch"] == pytest.approx(
             row["step"] * BATCH_SIZE / TRAIN_EXAMPLES, abs=1e-4
         )
@@ -125,6 +133,16 @@ def test_a_finished_run_says_so_and_changes_nothing(digits_run, command):
     assert contents(digits_run.workdir) == before
 
 
+def test_a_run_says_that_it_waits_for_data_only_if_it_waits_long(capsys):
+    training.report_wait(20.0, "imagenet2012")
+    assert capsys.readouterr().out == ""
+    training.report_wait(36.6, "imagenet2012")
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("waiting for data 37 % of the time; ")
+    assert "--config.data.num_workers" in line and "--config.data.prefetch" in line
+    assert "`python -m resjax.data imagenet2012 --shrink=512`" in line
+
+
 @pytest.mark.parametrize(
     ("script", "fields"),
     [
@@ -137,6 +155,47 @@ def test_help_shows_an_example_and_what_can_be_set(command, script, fields):
     assert (done.returncode, done.stderr) == (0, "")
     assert f"\npython {script} " in done.stdout and "--workdir" in done.stdout
     assert re.search(fields, done.stdout)
+
+
+# --- data on the device -------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_config, data_dir):
+    """tiny(workdir, steps, *words): trains so many of 64 in this process; its variables."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(MODELS, "tiny", None)  # the file sets it; taken out again at the end
+        patch.setenv("TFDS_DATA_DIR", str(data_dir))
+        config = configs.load_config(tiny_config)
+
+        def train(workdir, num_steps, *words):
+            fields = "batch_size=64", f"num_epochs={num_steps * 64 / 1437}", *words
+            words = [f"--config.{field}" for field in fields]
+            assert training.train(configs.override(config, words), workdir) == 0
+            with checkpoint.open_checkpoints(epath.Path(workdir)) as manager:
+                args = ocp.args.Composite(variables=ocp.args.StandardRestore())
+                return jax.device_get(manager.restore(num_steps, args=args)["variables"])
+
+        yield train
+
+
+@pytest.mark.slow
+def test_several_steps_a_dispatch_of_data_on_the_device_train_alike(tiny, tmp_path):
+    evaluate = f"eval_every_epochs={13 * 64 / 1437}"
+    on_device = "data.on_device=true", "data.steps_per_dispatch=4"
+    host = tiny(tmp_path / "host", 30, evaluate, "data.on_device=false")
+    several = tiny(tmp_path / "run", 30, evaluate, *on_device)
+    close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    jax.tree.map(close, several, host)
+    expected, found = (read_metrics(tmp_path / name) for name in ("host", "run"))
+    for a, b in zip(expected, found, strict=True):
+        assert (a["step"], a["split"]) == (b["step"], b["split"])
+        close([b["loss"], b["top1"]], [a["loss"], a["top1"]])
+    assert [r["step"] for r in found if r["split"] == "test"] == [13, 26, 30]
+    # Saved at the end of a dispatch, from which it goes on as if nothing had happened.
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "30")
+    again = tiny(tmp_path / "run", 30, evaluate, *on_device)
+    jax.tree.map(np.testing.assert_array_equal, again, several)
 
 
 # --- how a run ends -----------------------------------------------------------------

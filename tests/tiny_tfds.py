@@ -1,6 +1,7 @@
 """Writes tiny tfds data sets with the names and features of the real ones, no TensorFlow.
 
-They land in DATA_DIR/NAME/VERSION. Image i is `pixels(i, height, width)`.
+They land in DATA_DIR/NAME/VERSION. Image i is `pixels(i, height, width)`. The file formats
+are "array_record", "tfrecord" and "both".
 """
 
 import json
@@ -37,6 +38,7 @@ def write_imagenet(
     num_validation=10,
     version="5.1.0",
     file_format="array_record",
+    num_shards=1,
 ):
     """A tiny `imagenet2012` of JPEGs of different sizes; returns its folder.
 
@@ -56,7 +58,16 @@ def write_imagenet(
         }
 
     splits = {"train": num_train, "validation": num_validation}
-    return _write("imagenet2012", features, example, splits, data_dir, version, file_format)
+    return _write(
+        "imagenet2012",
+        features,
+        example,
+        splits,
+        data_dir,
+        version,
+        file_format,
+        num_shards,
+    )
 
 
 def write_cifar10(
@@ -66,6 +77,7 @@ def write_cifar10(
     num_test=20,
     version="3.0.2",
     file_format="array_record",
+    num_shards=1,
 ):
     """A tiny `cifar10` of 32 x 32 PNGs in ten classes; returns its folder."""
     features = {
@@ -79,10 +91,14 @@ def write_cifar10(
         return {"id": f"image_{i:05}", "image": png, "label": i % 10}
 
     splits = {"train": num_train, "test": num_test}
-    return _write("cifar10", features, example, splits, data_dir, version, file_format)
+    return _write(
+        "cifar10", features, example, splits, data_dir, version, file_format, num_shards
+    )
 
 
-def _write(name, features, example, split_sizes, data_dir, version, file_format):
+def _write(
+    name, features, example, split_sizes, data_dir, version, file_format, num_shards
+):
     """Examples 0, 1, ... fill the splits in their order."""
 
     # Not registered: tfds has builders of these names, and so may the next call.
@@ -106,24 +122,32 @@ def _write(name, features, example, split_sizes, data_dir, version, file_format)
     Tiny.name = name
     tfds.disable_progress_bar()
     builder = Tiny(data_dir=str(data_dir), file_format="array_record")
-    builder.download_and_prepare()
+    config = tfds.download.DownloadConfig(num_shards=num_shards)
+    builder.download_and_prepare(download_config=config)
     directory = Path(builder.data_dir)
-    if file_format == "tfrecord":
-        _to_tfrecord(directory)
+    if file_format != "array_record":
+        _to_tfrecord(directory, keep=file_format == "both")
     return directory
 
 
-def _to_tfrecord(directory):
-    """The same data set as TFRecords; tfds itself writes those with TensorFlow alone."""
+def _to_tfrecord(directory, keep):
+    """The same data set as TFRecords; tfds itself writes those with TensorFlow alone.
+
+    With `keep`, also as it was, as tfds says it of a data set in two formats.
+    """
     for path in directory.glob("*.array_record*"):
         reader = ArrayRecordReader(str(path))
-        writer = RecordWriter(str(path).replace("array_record", "tfrecord"))
+        tfrecord = path.with_name(path.name.replace("array_record", "tfrecord"))
+        writer = RecordWriter(str(tfrecord))
         for record in reader.read_all():
             writer.write(record)
         writer.close()
         reader.close()
-        path.unlink()
+        if not keep:
+            path.unlink()
     info_path = directory / "dataset_info.json"
     info = json.loads(info_path.read_text())
     info["fileFormat"] = "tfrecord"
+    if keep:
+        info["alternativeFileFormats"] = ["array_record"]
     info_path.write_text(json.dumps(info, indent=2))

@@ -1,4 +1,4 @@
-"""The data sets: what their images are and how each is cropped, in one table.
+"""The data sets: what their images are and how each is evaluated, in one table.
 
 To add a data set, add a row to `DATASETS`; tfds must know how to prepare it.
 """
@@ -11,7 +11,6 @@ import numpy as np
 from resjax.config import unknown_name
 from resjax.data import decode
 
-TrainCrop = Callable[[np.ndarray, int, np.random.RandomState], np.ndarray]
 EvalCrop = Callable[[np.ndarray, int], np.ndarray]
 
 
@@ -23,65 +22,68 @@ class Dataset:
       splits: our split name -> its name in tfds.
       mean: per channel, of pixels from 0 to 1.
       std: per channel.
-      train_crop: decoded [H, W, 3] uint8, size and a random stream -> [size, size, 3];
-        None = as `eval_crop`.
       eval_crop: decoded [H, W, 3] uint8 and size -> [size, size, 3].
-      flip: mirror half of the training images, on the device.
-      shift: shift training images by up to this share of their side, on the device.
+      rotates: turn images as their EXIF orientation says, which the papers' pipelines
+        ignore.
+      recipe: of the training augmentation, a name in `recipes.RECIPES`.
       prepare: how a user makes it, a line of shell; None = made at the first use.
     """
 
     splits: dict[str, str]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    train_crop: TrainCrop | None
     eval_crop: EvalCrop
-    flip: bool
-    shift: float
+    rotates: bool
+    recipe: str
     prepare: str | None
 
 
 def _prepare_command(name: str) -> str:
-    return (
-        'pip install tensorflow && python -c "import tensorflow_datasets as tfds; '
-        f"tfds.builder('{name}', data_dir='DIR', file_format='array_record')"
-        '.download_and_prepare()"'
-    )
+    return f"pip install tensorflow && python -m resjax.data {name} --data_dir=DIR"
 
+
+# Of fb.resnet.torch, which Goyal et al. 2017 follow.
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 DATASETS: dict[str, Dataset] = {
     "digits": Dataset(
         splits={"train": "train", "test": "test"},
         mean=(0.305,) * 3,
         std=(0.376,) * 3,
-        train_crop=None,
         eval_crop=decode.whole,
-        flip=False,
-        shift=1 / 8,
+        rotates=False,
+        recipe="shift",
         prepare=None,
     ),
-    # Mean and deviation of fb.resnet.torch; pad and flip of He et al. 2015, section 4.2.
+    # Mean and deviation of fb.resnet.torch.
     "cifar10": Dataset(
         splits={"train": "train", "test": "test"},
         mean=(125.3 / 255, 123.0 / 255, 113.9 / 255),
         std=(63.0 / 255, 62.1 / 255, 66.7 / 255),
-        train_crop=None,
         eval_crop=decode.whole,
-        flip=True,
-        shift=1 / 8,
+        rotates=False,
+        recipe="cifar",
         prepare=_prepare_command("cifar10"),
     ),
-    # Mean, deviation and crops of fb.resnet.torch, which Goyal et al. 2017 follow.
     "imagenet2012": Dataset(
         splits={"train": "train", "test": "validation"},
-        mean=(0.485, 0.456, 0.406),
-        std=(0.229, 0.224, 0.225),
-        train_crop=decode.random_resized_crop,
+        mean=_IMAGENET_MEAN,
+        std=_IMAGENET_STD,
         eval_crop=decode.center_crop,
-        flip=True,
-        shift=0.0,
+        rotates=False,
+        recipe="goyal",
         prepare="put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar into "
         "DIR/downloads/manual && " + _prepare_command("imagenet2012"),
+    ),
+    # A folder of images for each class; people's own photos, which may lie on their side.
+    "folder": Dataset(
+        splits={"train": "train", "test": "val"},
+        mean=_IMAGENET_MEAN,
+        std=_IMAGENET_STD,
+        eval_crop=decode.center_crop,
+        rotates=True,
+        recipe="goyal",
+        prepare="put the images into DIR/train/CLASS and DIR/val/CLASS",
     ),
 }
 

@@ -1,27 +1,105 @@
-"""Host-side images: encoded bytes to uint8 crops, with OpenCV.
+"""Host-side images: encoded bytes to uint8 crops.
 
-Geometry only; normalisation, flips and shifts happen on the device (augment.py).
+Geometry only; colours, normalisation, flips and shifts happen on the device (augment.py).
 """
 
-import math
+from collections.abc import Callable
 
 import cv2
 import numpy as np
 
+from resjax.config import UsageError
+from resjax.data import jpeg
 
-def decode(encoded: bytes) -> np.ndarray:
-    """Encoded image (JPEG, PNG, ...) to [H, W, 3] uint8 RGB; grey becomes three channels.
+_REDUCED = {
+    8: cv2.IMREAD_REDUCED_COLOR_8,
+    4: cv2.IMREAD_REDUCED_COLOR_4,
+    2: cv2.IMREAD_REDUCED_COLOR_2,
+}
 
-    The EXIF orientation is ignored, as the papers' pipelines do.
+
+class DataError(UsageError):
+    """An example is damaged; a run may be allowed to do without it."""
+
+
+def decode(encoded: bytes, rotate: bool = False) -> np.ndarray:
+    """Encoded image (JPEG, PNG, WebP, ...) to [H, W, 3] uint8 RGB.
+
+    Grey becomes three channels, CMYK becomes RGB, 16 bits become the upper 8, and alpha is
+    left out.
+
+    Args:
+      encoded: the file.
+      rotate: apply the EXIF orientation, which the papers' pipelines ignore.
 
     Raises:
-      ValueError: the bytes are no image that OpenCV reads.
+      DataError: the bytes are no image that OpenCV reads, or a JPEG file that is cut off.
     """
-    flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-    image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags) if encoded else None
+    header = jpeg.read_header(encoded)
+    if header and not header.complete:
+        raise DataError(f"{len(encoded)} bytes of a JPEG file that is cut off")
+    flags = cv2.IMREAD_COLOR_RGB
+    if not rotate:
+        flags |= cv2.IMREAD_IGNORE_ORIENTATION
+    return _imdecode(encoded, flags)
+
+
+def _imdecode(encoded: bytes, flags: int) -> np.ndarray:
+    try:
+        image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
+    except cv2.error as error:  # empty, or of an absurd size
+        raise DataError(
+            f"{len(encoded)} bytes that are no readable image: {error.err}"
+        ) from None
     if image is None:
-        raise ValueError(f"{len(encoded)} bytes that are no readable image")
+        raise DataError(f"{len(encoded)} bytes that are no readable image")
     return image
+
+
+def decode_window(
+    encoded: bytes,
+    window: Callable[[int, int], tuple[int, int, int, int]],
+    out: np.ndarray,
+    rotate: bool = False,
+) -> None:
+    """Fills `out` with the part of an image where `window` says, resized.
+
+    A JPEG file whose window is at least twice the target is decoded at 1/2, 1/4 or 1/8 of
+    its size, within the discrete cosine transform, and what remains to shrink is less than
+    twofold, for which bilinear interpolation is enough.
+
+    Args:
+      encoded: the file.
+      window: (height, width) of the image -> (top, left, height, width) in it.
+      out: [size, size, 3] uint8, contiguous; becomes RGB.
+      rotate: apply the EXIF orientation.
+
+    Raises:
+      DataError: as `decode`.
+    """
+    header, size = jpeg.read_header(encoded), len(out)
+    if not header or not header.complete or (rotate and header.exif):
+        image = decode(encoded, rotate)
+        top, left, height, width = window(*image.shape[:2])
+        crop = image[top : top + height, left : left + width]
+    else:
+        top, left, height, width = window(header.height, header.width)
+        reduce = next((r for r in _REDUCED if min(height, width) >= r * size), 1)
+        top, left, height, width = (n // reduce for n in (top, left, height, width))
+        part = jpeg.decode_window(encoded, top, left, height, width, reduce)
+        if part is None:
+            image = _decode_reduced(encoded, reduce)
+            part = image[top : top + height, left : left + width]
+        crop = part
+    cv2.resize(crop, (size, size), dst=out, interpolation=cv2.INTER_LINEAR)
+
+
+def _decode_reduced(encoded: bytes, reduce: int) -> np.ndarray:
+    """A JPEG file, decoded at 1 / `reduce` of its size."""
+    if reduce == 1:
+        return decode(encoded)
+    flags = _REDUCED[reduce] | cv2.IMREAD_IGNORE_ORIENTATION
+    return _imdecode(encoded, flags)[:, :, ::-1]
 
 
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -49,31 +127,3 @@ def center_crop(image: np.ndarray, size: int) -> np.ndarray:
     image = resize(image, height, width)
     top, left = (height - size) // 2, (width - size) // 2
     return image[top : top + size, left : left + size]
-
-
-def random_window(
-    height: int, width: int, rng: np.random.RandomState
-) -> tuple[int, int, int, int]:
-    """A window of 8-100 % of the area and aspect ratio 3/4-4/3: (top, left, h, w) pixels.
-
-    Ten attempts; then the largest centred window of an allowed ratio.
-
-    Source: Szegedy et al. 2014 (arXiv:1409.4842), section 6, through fb.resnet.torch.
-    Differs: the ratio is uniform in its logarithm, as in torchvision.
-    """
-    for _ in range(10):
-        area = height * width * rng.uniform(0.08, 1)
-        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            return rng.randint(height - h + 1), rng.randint(width - w + 1), h, w
-    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
-    return (height - h) // 2, (width - w) // 2, h, w
-
-
-def random_resized_crop(
-    image: np.ndarray, size: int, rng: np.random.RandomState
-) -> np.ndarray:
-    """`random_window` of the image, resized to [size, size, 3]."""
-    top, left, h, w = random_window(image.shape[0], image.shape[1], rng)
-    return resize(image[top : top + h, left : left + w], size, size)

@@ -1,136 +1,340 @@
-"""Batches for one host: positions of the stream, loaded by Grain threads.
+"""Batches for one host: positions of the stream, decoded by threads and processes.
 
 Batches are dicts of host arrays: `image` [b, S, S, 3] uint8, `label` [b] int32, and
 `position` [b] int32 (training) or `mask` [b] bool (evaluation), where b is the host's
 share of the global batch: host h of n holds the h-th contiguous slice.
+
+A pool of threads fills a batch in place; Grain makes several batches at once, in this
+process or in others, and hands them over in order.
 """
 
+import dataclasses
+import functools
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import cv2
 import grain
 import numpy as np
+from absl import flags
+from tqdm import tqdm
 
 from resjax.config import UsageError
 from resjax.data import order
 from resjax.data.datasets import Dataset
-from resjax.data.decode import decode
+from resjax.data.decode import DataError, decode, decode_window
+from resjax.data.recipes import Recipe
 
-HostBatch = dict[str, np.ndarray]
-Load = Callable[[int], dict[str, Any]]
+HostBatch = dict[str, Any]
+Crop = Callable[[bytes, np.ndarray], None]  # encoded, and [S, S, 3] uint8 to be filled
 
 
-def _decode_example(source: Sequence[dict[str, Any]], index: int) -> tuple[np.ndarray, int]:
-    example = source[index]
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """How the examples of a split are read.
+
+    Attributes:
+      dataset: how images are cropped.
+      source: encoded examples by index: a `sources.Source`, or a list of such examples.
+      image_size: S, pixels.
+      num_classes: labels are below it.
+      skip_errors: damaged examples that may be left out; 0 = none.
+      num_workers: processes; 0 = threads of this one; None: one for every 8 cores over 8.
+      num_threads: of each process; 0 = the cores, shared out.
+      prefetch: batches made ahead.
+    """
+
+    dataset: Dataset
+    source: Sequence[Any]
+    image_size: int
+    num_classes: int
+    skip_errors: int = 0
+    num_workers: int | None = 0
+    num_threads: int = 0
+    prefetch: int = 2
+
+    def read(self, index: int, crop: Crop, out: np.ndarray) -> int:
+        """Crops an example into `out` and returns its label; `DataError` names it."""
+        try:
+            example = self.source[index]
+            label = int(example["label"])
+            if not 0 <= label < self.num_classes:
+                allowed = f"it must be from 0 to {self.num_classes - 1}"
+                raise DataError(f"its label is {label}; {allowed}")
+            crop(example["image"], out)
+            return label
+        except DataError as error:
+            where = getattr(self.source, "where", None)
+            place = f" ({where(index)})" if where else ""
+            raise DataError(f"data: example {index}{place}: {error}") from None
+
+    def read_or_next(
+        self, index: int, crop: Crop, out: np.ndarray, damaged: dict[int, str]
+    ) -> int:
+        """As `read`, of the next that is not damaged; says in `damaged` which were."""
+        for offset in range(self.skip_errors + 1):
+            tried = (index + offset) % len(self.source)
+            try:
+                return self.read(tried, crop, out)
+            except DataError as error:
+                damaged[tried] = str(error)
+        raise _too_many(damaged[index], self.skip_errors)
+
+    def eval_crop(self, encoded: bytes, out: np.ndarray) -> None:
+        """The crop that is evaluated."""
+        image = decode(encoded, self.dataset.rotates)
+        out[:] = self.dataset.eval_crop(image, self.image_size)
+
+
+def _too_many(line: str, allowed: int) -> UsageError:
+    return UsageError(
+        f"{line}; a run leaves out at most config.data.skip_errors={allowed} such examples"
+    )
+
+
+def _count(damaged: dict[int, str], seen: set[int], allowed: int) -> None:
+    """Says which examples are new among the damaged; raises if they are too many."""
+    for index in sorted(damaged.keys() - seen):
+        seen.add(index)
+        if len(seen) > allowed:
+            raise _too_many(damaged[index], allowed)
+        line = f"{damaged[index]}; left out, as {len(seen)} of at most {allowed}"
+        tqdm.write(line, file=sys.stderr)
+
+
+def _num_cores() -> int:
+    mine = getattr(os, "sched_getaffinity", None)  # where the system has it
+    return len(mine(0)) if mine else os.cpu_count() or 1
+
+
+def _sized(reader: Reader) -> Reader:
+    """The reader with its processes and threads counted.
+
+    Python itself takes a tenth of an image's time, so threads of one process cannot use
+    many more than eight cores.
+    """
+    cores, workers = _num_cores(), reader.num_workers
+    if workers is None:
+        workers = cores // 8 if cores > 8 else 0
+    threads = reader.num_threads or max(1, cores // max(1, workers))
+    return dataclasses.replace(reader, num_workers=workers, num_threads=threads)
+
+
+@functools.cache
+def _pool(num_threads: int) -> ThreadPoolExecutor:
+    cv2.setNumThreads(0)  # parallelism is over images
+    return ThreadPoolExecutor(num_threads, "decode")
+
+
+def _fill(
+    reader: Reader, count: int, load: Callable[[int, np.ndarray], int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Images [count, S, S, 3] and labels [count]; load(i, out) makes the i-th of them."""
+    size = reader.image_size
+    images = np.zeros((count, size, size, 3), np.uint8)
+    labels = np.zeros(count, np.int32)
+
+    def fill_part(part: range) -> None:
+        for i in part:
+            labels[i] = load(i, images[i])
+
+    length = max(1, min(16, count // reader.num_threads))
+    parts = [range(i, min(i + length, count)) for i in range(0, count, length)]
+    for _ in _pool(reader.num_threads).map(fill_part, parts):
+        pass  # raises what a part has raised
+    return images, labels
+
+
+def _caught(make: Callable[[int], HostBatch], step: int) -> HostBatch:
+    """make(step), or {"error"}: a process that raises leaves its shared memory behind."""
     try:
-        return decode(example["image"]), int(example["label"])
-    except ValueError as error:
-        raise UsageError(f"data: example {index}: {error}") from error
+        return make(step)
+    except UsageError as error:
+        return {"error": str(error)}
 
 
 def _batches(
-    load: Load, start: int, stop: int, local_size: int, num_threads: int
+    reader: Reader,
+    make: Callable[[int], HostBatch],
+    start: int,
+    stop: int,
 ) -> Iterator[HostBatch]:
-    """Batches `start` to `stop`; load(i) makes the host's i-th example of the stream."""
-    cv2.setNumThreads(0)  # parallelism is over images
-    if not num_threads:
-        mine = getattr(os, "sched_getaffinity", None)  # where the system has it
-        num_threads = len(mine(0)) if mine else os.cpu_count() or 1
-    examples = grain.MapDataset.range(start * local_size, stop * local_size).map(load)
-    # One more batch is decoded while one is taken.
-    ahead = max(local_size, num_threads)
-    options = grain.ReadOptions(num_threads, prefetch_buffer_size=ahead)
-    return iter(examples.to_iter_dataset(options).batch(local_size))
+    """make(start), ..., make(stop - 1) in order; counts what `damaged` of each says."""
+    ahead = grain.ReadOptions(min(2, reader.prefetch), reader.prefetch)
+    steps: Any = grain.MapDataset.range(start, stop).map(functools.partial(_caught, make))
+    steps = steps.to_iter_dataset(ahead)
+    if reader.num_workers:
+        if not flags.FLAGS.is_parsed():  # Grain has flags of its own, nobody sets them
+            flags.FLAGS.mark_as_parsed()
+        options = grain.MultiprocessingOptions(reader.num_workers, 1)
+        steps = steps.mp_prefetch(options)
+    batches, seen = iter(steps), set[int]()
+    try:
+        for batch in batches:
+            if "error" in batch:
+                raise UsageError(batch["error"])
+            _count(batch.pop("damaged"), seen, reader.skip_errors)
+            if reader.num_workers:  # out of shared memory, which nobody may outlive
+                batch = {name: np.array(array) for name, array in batch.items()}
+            yield batch
+    finally:
+        if hasattr(batches, "close"):  # ends the processes
+            batches.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class _TrainBatch:
+    """step -> the host's slice of that minibatch; made in any process."""
+
+    reader: Reader
+    recipe: Recipe
+    seed: int
+    batch_size: int
+    host: int
+    num_hosts: int
+
+    def __call__(self, step: int) -> HostBatch:
+        local_size = self.batch_size // self.num_hosts
+        first = step * self.batch_size + self.host * local_size
+        num_examples = len(self.reader.source)
+        uniforms = order.uniforms(self.seed, first, local_size)
+        damaged: dict[int, str] = {}
+
+        def load(i: int, out: np.ndarray) -> int:
+            index = order.example_index(self.seed, first + i, num_examples)
+            return self.reader.read_or_next(index, self.crop(uniforms[i]), out, damaged)
+
+        images, labels = _fill(self.reader, local_size, load)
+        positions = np.arange(first, first + local_size, dtype=np.int32)
+        return {
+            "image": images,
+            "label": labels,
+            "position": positions,
+            "damaged": damaged,
+        }
+
+    def crop(self, uniforms: np.ndarray) -> Crop:
+        """How an image is cropped for which these numbers [24] were drawn."""
+        window, reader, size = self.recipe.window, self.reader, self.reader.image_size
+        if window is None:
+            return reader.eval_crop
+
+        def place(height: int, width: int) -> tuple[int, int, int, int]:
+            return window(height, width, size, uniforms)
+
+        return lambda encoded, out: decode_window(
+            encoded, place, out, reader.dataset.rotates
+        )
 
 
 def train_batches(
-    dataset: Dataset,
-    source: Sequence[dict[str, Any]],
+    reader: Reader,
+    recipe: Recipe,
     *,
-    image_size: int,
     seed: int,
     batch_size: int,
     start_step: int,
     num_steps: int,
-    num_threads: int = 0,
     host: int = 0,
     num_hosts: int = 1,
 ) -> Iterator[HostBatch]:
     """The batches of updates `start_step` to `num_steps`, any of which is O(1) away.
 
     Args:
-      dataset: how images are cropped.
-      source: encoded training examples by index.
-      image_size: S, pixels.
+      reader: of the training split.
+      recipe: how training images are cropped.
       seed: of the order and the augmentation.
       batch_size: the global minibatch, a multiple of `num_hosts`.
       start_step: updates already done.
       num_steps: updates of the whole run.
-      num_threads: decoding threads; 0 = one a core.
       host: index of this host.
       num_hosts: number of hosts.
+
+    Raises:
+      UsageError: more damaged examples than may be left out; else each is named in a line
+        on standard error, and the next one takes its place.
     """
-    local_size = batch_size // num_hosts
+    reader = _sized(reader)
+    make = _TrainBatch(reader, recipe, seed, batch_size, host, num_hosts)
+    return _batches(reader, make, start_step, num_steps)
 
-    def load(i: int) -> dict[str, Any]:
-        step, offset = divmod(i, local_size)
-        position = step * batch_size + host * local_size + offset
-        index = order.example_index(seed, position, len(source))
-        image, label = _decode_example(source, index)
-        if dataset.train_crop is None:
-            image = dataset.eval_crop(image, image_size)
-        else:
-            rng = order.augmentation_rng(seed, position)
-            image = dataset.train_crop(image, image_size, rng)
-        return {
-            "image": image,
-            "label": np.int32(label),
-            "position": np.int32(position),
-        }
 
-    return _batches(load, start_step, num_steps, local_size, num_threads)
+@dataclasses.dataclass(frozen=True)
+class _EvalBatch:
+    """i -> the host's slice of the i-th batch; made in any process."""
+
+    reader: Reader
+    batch_size: int
+    local_size: int
+    host: int
+
+    def __call__(self, batch: int) -> HostBatch:
+        reader, damaged = self.reader, dict[int, str]()
+        first = self.host * self.local_size
+        mask = np.zeros(self.local_size, bool)
+
+        def load(i: int, out: np.ndarray) -> int:
+            index = batch * self.batch_size + first + i
+            if first + i >= self.batch_size or index >= len(reader.source):
+                return 0
+            try:
+                label = reader.read(index, reader.eval_crop, out)
+            except DataError as error:
+                damaged[index] = str(error)
+                return 0
+            mask[i] = True
+            return label
+
+        images, labels = _fill(reader, self.local_size, load)
+        return {"image": images, "label": labels, "mask": mask, "damaged": damaged}
 
 
 def eval_batches(
-    dataset: Dataset,
-    source: Sequence[dict[str, Any]],
+    reader: Reader,
     *,
-    image_size: int,
     batch_size: int,
     num_shards: int,
-    num_threads: int = 0,
     host: int = 0,
     num_hosts: int = 1,
 ) -> Iterator[HostBatch]:
-    """Every example of `source` once, in order, on any number of devices and hosts.
+    """Every example once, in order, on any number of devices and hosts.
 
     Args:
-      dataset: how images are cropped.
-      source: encoded examples by index.
-      image_size: S, pixels.
+      reader: of the split.
       batch_size: examples a batch, over all hosts; any positive number.
       num_shards: devices of all hosts; batches are padded to a multiple of it, with
         zero images whose mask is False.
-      num_threads: decoding threads; 0 = one a core.
       host: index of this host.
       num_hosts: number of hosts, which divides `num_shards`.
+
+    Raises:
+      UsageError: more damaged examples than may be left out; else each is named in a line
+        on standard error, and not evaluated.
     """
-    batch_size = min(batch_size, len(source))
-    num_batches = -(-len(source) // batch_size)
+    reader, num_examples = _sized(reader), len(reader.source)
+    batch_size = min(batch_size, num_examples)
     padded_size = -(-batch_size // num_shards) * num_shards
-    local_size = padded_size // num_hosts
+    make = _EvalBatch(reader, batch_size, padded_size // num_hosts, host)
+    return _batches(reader, make, 0, -(-num_examples // batch_size))
 
-    def load(i: int) -> dict[str, Any]:
-        batch, offset = divmod(i, local_size)
-        offset += host * local_size
-        index = batch * batch_size + offset
-        mask = offset < batch_size and index < len(source)
-        image, label = np.zeros((image_size, image_size, 3), np.uint8), 0
-        if mask:
-            image, label = _decode_example(source, index)
-            image = dataset.eval_crop(image, image_size)
-        return {"image": image, "label": np.int32(label), "mask": np.bool_(mask)}
 
-    return _batches(load, 0, num_batches, local_size, num_threads)
+def load_all(reader: Reader) -> tuple[np.ndarray, np.ndarray]:
+    """A whole split as it is trained on without random crops.
+
+    Returns:
+      Images [N, S, S, 3] uint8 and labels [N] int32; damaged examples as in training.
+
+    Raises:
+      UsageError: more damaged examples than may be left out.
+    """
+    reader, damaged = _sized(reader), dict[int, str]()
+    images, labels = _fill(
+        reader,
+        len(reader.source),
+        lambda i, out: reader.read_or_next(i, reader.eval_crop, out, damaged),
+    )
+    _count(damaged, set(), reader.skip_errors)
+    return images, labels

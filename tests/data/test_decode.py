@@ -1,10 +1,11 @@
 """Decoding against known pixels; the geometry of crops against brute force."""
 
-import math
+import io
 
 import cv2
 import numpy as np
 import pytest
+from PIL import Image, ImageOps
 from tiny_tfds import encode
 
 from resjax.data import decode
@@ -51,8 +52,8 @@ def test_jpeg_is_close_to_its_image_in_rgb_order():
 
 @pytest.mark.parametrize("cut", [0, 1, 3, 100])
 @pytest.mark.parametrize("extension", [".png", ".jpg"])
-def test_unreadable_bytes_are_a_value_error(extension, cut):
-    with pytest.raises(ValueError, match=f"{cut} bytes"):
+def test_unreadable_bytes_are_an_error_of_the_data(extension, cut):
+    with pytest.raises(decode.DataError, match=f"{cut} bytes"):
         decode.decode(encode(noise(20, 20), extension)[:cut])
 
 
@@ -126,80 +127,160 @@ def test_center_crop_has_the_size_asked_for(size):
     assert decode.center_crop(noise(40, 61), size).shape == (size, size, 3)
 
 
-def windows(height, width, n, seed=0):
-    """[n] tops, lefts, heights and widths of random windows."""
-    rng = np.random.RandomState(seed)
-    return np.array([decode.random_window(height, width, rng) for _ in range(n)]).T
+def overlaps(old, new):
+    """[new, old] shares of the old pixels in the new ones."""
+    start = np.arange(new)[:, None] * old / new
+    pixel = np.arange(old)
+    shared = np.minimum(start + old / new, pixel + 1) - np.maximum(start, pixel)
+    return np.maximum(shared, 0) * new / old
 
 
-SHAPES = [(4, 4), (32, 32), (375, 500), (61, 40), (500, 400)]
+def test_center_crop_averages_the_area_of_each_pixel():
+    image = noise(150, 101)
+    height, width = round(150 * 64 / 101), 64
+    whole = np.einsum(
+        "yh,hwc,xw->yxc", overlaps(150, height), image.astype(float), overlaps(101, width)
+    )
+    top, left = (height - 56) // 2, (width - 56) // 2
+    expected = whole[top : top + 56, left : left + 56]
+    assert np.abs(decode.center_crop(image, 56) - expected).max() <= 1
 
 
-@pytest.mark.parametrize(("height", "width"), SHAPES)
-def test_random_window_lies_inside_and_is_as_large_and_as_wide_as_allowed(height, width):
-    top, left, h, w = windows(height, width, 1000)
-    assert (top >= 0).all() and (left >= 0).all() and (h > 0).all() and (w > 0).all()
-    assert (top + h <= height).all() and (left + w <= width).all()
-    # A side may be half a pixel off its exact value.
-    assert ((h + 0.5) * (w + 0.5) >= 0.08 * height * width).all()
-    assert ((w + 0.5) / (h - 0.5) >= 3 / 4).all()
-    assert ((w - 0.5) / (h + 0.5) <= 4 / 3).all()
+# --- other kinds of files -----------------------------------------------------------
 
 
-def test_random_window_reaches_the_limits_of_area_and_ratio():
-    _, _, h, w = windows(1000, 1000, 4000)
-    assert (h * w / 1e6).min() < 0.085 and (h * w / 1e6).max() > 0.95
-    assert (w / h).min() < 0.76 and (w / h).max() > 1.32
+def saved(image, **options):
+    """The file that Pillow writes."""
+    file = io.BytesIO()
+    image.save(file, **options)
+    return file.getvalue()
 
 
-def test_random_window_area_is_uniform():
-    _, _, h, w = windows(1000, 1000, 4000)
-    area = h * w / 1e6
-    # Below 75 % every window fits, so none of these was drawn again.
-    counts, _ = np.histogram(area, [0.08, 0.245, 0.41, 0.575, 0.74])
-    np.testing.assert_allclose(counts / counts.sum(), 1 / 4, atol=0.035)
+def test_webp_is_read():
+    image = noise(20, 30)
+    encoded = saved(Image.fromarray(image), format="WEBP", lossless=True)
+    np.testing.assert_array_equal(decode.decode(encoded), image)
 
 
-def test_random_window_ratio_is_uniform_in_its_logarithm():
-    _, _, h, w = windows(1000, 1000, 4000)
-    log_ratio = np.log(w / h)[h * w < 0.74e6]
-    counts, _ = np.histogram(log_ratio, np.linspace(-1, 1, 5) * math.log(1.34))
-    np.testing.assert_allclose(counts / counts.sum(), 1 / 4, atol=0.035)
+def test_grey_jpeg_becomes_three_equal_channels():
+    encoded = saved(Image.fromarray(noise(16, 24)[:, :, 0]), format="JPEG")
+    grey = np.asarray(Image.open(io.BytesIO(encoded)))
+    np.testing.assert_array_equal(decode.decode(encoded), np.dstack([grey] * 3))
 
 
-def test_random_window_is_anywhere_with_equal_chance():
-    top, left, h, w = windows(3, 3, 6000)
-    single = (h == 1) & (w == 1)
-    places = np.bincount(3 * top[single] + left[single], minlength=9)
-    np.testing.assert_allclose(places / single.sum(), 1 / 9, atol=0.03)
+def test_cmyk_jpeg_is_pillows_rgb():
+    colours = Image.fromarray(gradient(64, 96) * 2).convert("CMYK")
+    encoded = saved(colours, format="JPEG", quality=95)
+    expected = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB")).astype(int)
+    assert np.abs(decode.decode(encoded) - expected).max() <= 2
+
+
+def test_of_16_bits_the_upper_8_are_kept():
+    values = np.random.RandomState(0).randint(0, 2**16, (9, 7, 3)).astype(np.uint16)
+    decoded = decode.decode(cv2.imencode(".png", values[:, :, ::-1])[1].tobytes())
+    np.testing.assert_array_equal(decoded, values >> 8)
+    grey = decode.decode(cv2.imencode(".png", values[:, :, 0])[1].tobytes())
+    np.testing.assert_array_equal(grey, np.dstack([values[:, :, 0] >> 8] * 3))
+
+
+def test_palette_png_is_read():
+    image = Image.fromarray(gradient(8, 8)).quantize(16)
+    np.testing.assert_array_equal(
+        decode.decode(saved(image, format="PNG")), np.asarray(image.convert("RGB"))
+    )
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied_if_asked(orientation):
+    image = Image.fromarray(gradient(16, 24) * 5)
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    encoded = saved(image, format="JPEG", quality=95, exif=exif)
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(encoded))))
+    decoded = decode.decode(encoded, rotate=True)
+    assert np.abs(decoded.astype(int) - upright).max() <= 2
+    assert decode.decode(encoded).shape == (16, 24, 3)
+
+
+# --- windows ------------------------------------------------------------------------
+
+
+def window_of(encoded, window, size, **options):
+    out = np.zeros((size, size, 3), np.uint8)
+    decode.decode_window(encoded, lambda height, width: window, out, **options)
+    return out
+
+
+def bilinear(image, size):
+    """Sampled at the centres of the new pixels, in float64."""
+    sides = [(np.arange(size) + 0.5) * n / size - 0.5 for n in image.shape[:2]]
+    low = [np.floor(at).astype(int) for at in sides]
+    (y, x), (ty, tx) = low, [at - n for at, n in zip(sides, low, strict=True)]
+    rows, columns = (
+        [np.clip(n + i, 0, side - 1) for i in (0, 1)]
+        for n, side in zip((y, x), image.shape[:2], strict=True)
+    )
+    ty, tx = ty[:, None, None], tx[None, :, None]
+    corner = {
+        (i, j): image[rows[i]][:, columns[j]].astype(float) for i in (0, 1) for j in (0, 1)
+    }
+    top = corner[0, 0] * (1 - tx) + corner[0, 1] * tx
+    bottom = corner[1, 0] * (1 - tx) + corner[1, 1] * tx
+    return top * (1 - ty) + bottom * ty
 
 
 @pytest.mark.parametrize(
-    ("height", "width", "expected"),
-    [(30, 3000, (0, 1480, 30, 40)), (3000, 30, (1480, 0, 40, 30)), (1, 99, (0, 49, 1, 1))],
+    "window",
+    [(0, 0, 60, 90), (7, 11, 31, 30), (20, 40, 16, 16), (59, 89, 1, 1), (3, 5, 9, 4)],
 )
-def test_random_window_of_an_extreme_image_is_its_middle(height, width, expected):
-    # 8 % of the area is wider than any allowed window is high, so no attempt fits.
-    assert {tuple(window) for window in windows(height, width, 20).T} == {expected}
+@pytest.mark.parametrize("extension", [".png", ".jpg"])
+def test_window_is_its_pixels_bilinearly(extension, window):
+    encoded = encode(noise(60, 90), extension)
+    top, left, height, width = window
+    part = decode.decode(encoded)[top : top + height, left : left + width]
+    if min(height, width) >= 2 * 16 and extension == ".jpg":
+        pytest.skip("this one is decoded at half its size")
+    error = np.abs(window_of(encoded, window, 16) - bilinear(part, 16))
+    assert error.max() <= 1.01
 
 
-@pytest.mark.parametrize(("height", "width"), SHAPES)
-def test_random_resized_crop_shows_its_window(height, width):
-    image = gradient(height, width)[:256, :256]
-    crop = decode.random_resized_crop(image, 16, np.random.RandomState(5))
-    window = decode.random_window(*image.shape[:2], np.random.RandomState(5))
-    top, left, h, w = window
-    rows = top + (np.arange(16) + 0.5) / 16 * h - 0.5
-    columns = left + (np.arange(16) + 0.5) / 16 * w - 0.5
-    assert crop.shape == (16, 16, 3)
-    assert_shows(crop.astype(float), rows, columns, atol=1)
+@pytest.mark.parametrize("reduce", [2, 4, 8])
+def test_large_windows_of_a_jpeg_are_decoded_at_a_fraction(reduce):
+    # Smooth, so that what is decoded small is what averages would be.
+    image = np.add.outer(np.arange(300), np.arange(420)).astype(float)
+    image = np.dstack([image / 3, 255 - image / 3, np.full_like(image, 90)])
+    encoded = encode(image.round().astype(np.uint8), ".jpg")
+    size = 224 // reduce
+    top, left, height, width = 16, 24, 230, 300
+    part = image[top : top + height, left : left + width]
+    error = np.abs(
+        window_of(encoded, (top, left, height, width), size) - bilinear(part, size)
+    )
+    # A window of the reduced image is of whole pixels of it.
+    assert error.max() < 4 + reduce / 3
 
 
-def test_random_resized_crop_depends_on_its_random_stream_alone():
-    image = noise(50, 70)
+def test_window_of_a_rotated_photograph_is_in_the_upright_one():
+    image = Image.fromarray(gradient(60, 90) * 2)
+    exif = image.getexif()
+    exif[0x0112] = 6
+    encoded = saved(image, format="JPEG", quality=95, exif=exif)
+    seen = []
 
-    def crop(seed):
-        return decode.random_resized_crop(image, 24, np.random.RandomState(seed)).tobytes()
+    def window(height, width):
+        seen.append((height, width))
+        return 0, 0, 16, 16
 
-    assert crop(1) == crop(1)
-    assert len({crop(seed) for seed in range(20)}) == 20
+    out = np.zeros((16, 16, 3), np.uint8)
+    decode.decode_window(encoded, window, out, rotate=True)
+    decode.decode_window(encoded, window, np.zeros_like(out))
+    assert seen == [(90, 60), (60, 90)]
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(encoded))))
+    assert np.abs(out.astype(int) - upright[:16, :16]).max() <= 3
+
+
+@pytest.mark.parametrize("cut", [0, 1, 3, 100, 2000])
+def test_windows_of_unreadable_bytes_are_an_error_of_the_data(cut):
+    encoded = encode(noise(60, 90), ".jpg")[:cut]
+    with pytest.raises(decode.DataError, match=f"{cut} bytes"):
+        window_of(encoded, (0, 0, 1, 1), 16)

@@ -22,10 +22,9 @@ def digits():
 @pytest.fixture
 def examples(data_dir):
     """{"train", "test"}: the pixels and the label of every example, as read back."""
-    builder = sources.open_builder("digits", str(data_dir))
 
     def read(split):
-        source = sources.open_source(builder, split)
+        source = sources.open_source("digits", str(data_dir), split)
         return [(decode(e["image"]), int(e["label"])) for e in source]
 
     return {split: read(split) for split in ("train", "test")}
@@ -88,8 +87,7 @@ def test_prepares_and_reads_without_tensorflow(tmp_path):
     code = (
         "import sys\n"
         "from resjax.data import sources\n"
-        f"builder = sources.open_builder('digits', {str(tmp_path)!r})\n"
-        "source = sources.open_source(builder, 'test')\n"
+        f"source = sources.open_source('digits', {str(tmp_path)!r}, 'test')\n"
         "print(len(source), source[0]['image'][:4])\n"
         "assert 'tensorflow' not in sys.modules\n"
     )

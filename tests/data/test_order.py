@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy.stats import kstest
 
 from resjax.data import order
 
@@ -27,10 +28,13 @@ def test_stream_is_frozen():
     assert list(order.permutation(3, 2, 8)) == [7, 6, 2, 1, 4, 3, 0, 5]
 
 
-def test_augmentation_stream_is_frozen():
-    # numpy.random.RandomState([3, 40, 1]).randint(0, 1000, 5), written down once.
-    drawn = order.augmentation_rng(3, 40).randint(0, 1000, 5)
-    assert list(drawn) == [237, 494, 166, 862, 586]
+def test_augmentation_draws_are_frozen():
+    # numpy.random.Philox(key=[3, 1], counter=240).random_raw(2) / 2**64, written down once.
+    drawn = order.uniforms(3, 40, 1)
+    assert drawn.shape == (1, 24)
+    np.testing.assert_allclose(
+        drawn[0, :2], [0.1929873454064968, 0.5401335536728725], rtol=0, atol=1e-15
+    )
 
 
 def test_permutation_cannot_be_changed_by_its_reader():
@@ -52,7 +56,27 @@ def test_short_last_part_of_an_epoch_flows_into_the_next():
     assert third == [first[8], first[9], second[0], second[1]]
 
 
-def test_augmentation_streams_differ_between_positions_seeds_and_from_the_order():
-    streams = [order.augmentation_rng(s, p) for s in range(3) for p in range(20)]
-    streams += [np.random.RandomState([s, p, 0]) for s in range(3) for p in range(20)]
-    assert len({stream.randint(2**31) for stream in streams}) == 120
+def test_draws_of_a_position_are_the_same_in_any_batch():
+    rows = order.uniforms(3, 0, 50)
+    for first, count in [(0, 1), (7, 1), (7, 20), (49, 1)]:
+        np.testing.assert_array_equal(
+            order.uniforms(3, first, count), rows[first : first + count]
+        )
+    far = 2**31 - 5
+    np.testing.assert_array_equal(
+        order.uniforms(3, far, 4)[3:], order.uniforms(3, far + 3, 1)
+    )
+
+
+def test_draws_differ_between_positions_and_seeds():
+    rows = np.concatenate([order.uniforms(seed, 0, 20) for seed in (0, 1, LARGEST_SEED)])
+    assert len(np.unique(rows)) == rows.size
+
+
+def test_draws_are_uniform():
+    drawn = order.uniforms(0, 1000, 2000).ravel()
+    assert drawn.min() >= 0 and drawn.max() < 1
+    assert kstest(drawn, "uniform").pvalue > 0.01
+    columns = order.uniforms(0, 0, 4000)
+    correlation = np.corrcoef(columns.T) - np.eye(24)
+    assert np.abs(correlation).max() < 5 / np.sqrt(4000)

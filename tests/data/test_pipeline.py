@@ -1,6 +1,9 @@
 """Batches against a plain loop, for any number of threads, hosts and shards."""
 
+import dataclasses
+import functools
 import itertools
+import os
 
 import numpy as np
 import pytest
@@ -9,9 +12,11 @@ from tiny_tfds import encode, write_imagenet
 from resjax.config import UsageError
 from resjax.data import order, pipeline, sources
 from resjax.data.datasets import DATASETS
-from resjax.data.decode import decode
+from resjax.data.decode import decode, decode_window
+from resjax.data.recipes import RECIPES
 
 DIGITS, IMAGENET = DATASETS["digits"], DATASETS["imagenet2012"]
+PLAIN, CROPPED = RECIPES["shift"], RECIPES["goyal"]
 SIDE = 4
 
 
@@ -24,16 +29,15 @@ def make_source(num_examples):
 SOURCE = make_source(10)
 
 
-def train(source=SOURCE, dataset=DIGITS, **kwargs):
-    options = {
-        "image_size": SIDE,
-        "seed": 3,
-        "batch_size": 4,
-        "start_step": 0,
-        "num_steps": 9,
-        "num_threads": 2,
-    }
-    return list(pipeline.train_batches(dataset, source, **{**options, **kwargs}))
+def read(source, dataset=DIGITS, image_size=SIDE, **options):
+    options = {"num_classes": 1000, "num_threads": 2, **options}
+    return pipeline.Reader(dataset, source, image_size, **options)
+
+
+def train(reader=None, recipe=PLAIN, **kwargs):
+    options = {"seed": 3, "batch_size": 4, "start_step": 0, "num_steps": 9}
+    reader = reader or read(SOURCE)
+    return list(pipeline.train_batches(reader, recipe, **{**options, **kwargs}))
 
 
 def assert_same(actual, expected):
@@ -97,50 +101,100 @@ def test_seeds_differ():
 
 @pytest.fixture(scope="module")
 def imagenet(tmp_path_factory):
+    """Opens a split of a tiny data set of JPEGs."""
     folder = tmp_path_factory.mktemp("imagenet")
     write_imagenet(folder)
-    return sources.open_builder("imagenet2012", str(folder))
+    return functools.partial(sources.open_source, "imagenet2012", str(folder))
 
 
 @pytest.fixture(scope="module")
-def train_source(imagenet):
-    return sources.open_source(imagenet, "train")
+def jpegs(imagenet):
+    """Its training split, in crops of 16."""
+    return read(imagenet("train"), IMAGENET, 16)
 
 
 @pytest.mark.parametrize("num_threads", [0, 1, 4])
-def test_threads_change_nothing(train_source, num_threads):
-    options = {"image_size": 16, "num_steps": 8}
-    one = train(train_source, IMAGENET, num_threads=1, **options)
-    assert_same(train(train_source, IMAGENET, num_threads=num_threads, **options), one)
+def test_threads_change_nothing(jpegs, num_threads):
+    one = train(dataclasses.replace(jpegs, num_threads=1), CROPPED, num_steps=8)
+    many = dataclasses.replace(jpegs, num_threads=num_threads, prefetch=4)
+    assert_same(train(many, CROPPED, num_steps=8), one)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_processes_change_nothing(jpegs, num_workers):
+    options = {"start_step": 2, "num_steps": 9}
+    here = train(jpegs, CROPPED, **options)
+    there = dataclasses.replace(jpegs, num_workers=num_workers)
+    assert_same(train(there, CROPPED, **options), here)
+
+
+def test_damage_in_another_process_is_the_same_line(jpegs):
+    source = [{"image": b"no image", "label": 6}] * 10
+    lines = []
+    for num_workers in (0, 1):
+        with pytest.raises(UsageError, match="no readable image") as error:
+            train(read(source, num_workers=num_workers))
+        lines.append(str(error.value))
+    assert lines[0] == lines[1]
 
 
 @pytest.mark.parametrize("num_hosts", [2, 4])
-def test_slices_of_the_hosts_make_the_batch_of_one(train_source, num_hosts):
-    options = {"image_size": 16, "batch_size": 8, "start_step": 1, "num_steps": 6}
+def test_slices_of_the_hosts_make_the_batch_of_one(jpegs, num_hosts):
+    options = {"batch_size": 8, "start_step": 1, "num_steps": 6}
     hosts = [
-        train(train_source, IMAGENET, host=host, num_hosts=num_hosts, **options)
+        train(jpegs, CROPPED, host=host, num_hosts=num_hosts, **options)
         for host in range(num_hosts)
     ]
     assert all(len(batch["image"]) == 8 // num_hosts for batch in hosts[0])
-    assert_same(joined(hosts), train(train_source, IMAGENET, **options))
+    assert_same(joined(hosts), train(jpegs, CROPPED, **options))
 
 
-def test_random_crops_are_keyed_by_seed_and_position(train_source):
+def test_random_crops_are_keyed_by_seed_and_position(jpegs):
     def crops(**kwargs):
-        batches = train(train_source, IMAGENET, image_size=16, **kwargs)
+        batches = train(jpegs, CROPPED, **kwargs)
         return np.concatenate([batch["image"] for batch in batches])
 
     by_4 = crops(batch_size=4, num_steps=12)
     np.testing.assert_array_equal(crops(batch_size=6, num_steps=8), by_4)
     for position in (0, 23, 24, 47):
-        image = decode(train_source[order.example_index(3, position, 24)]["image"])
-        rng = order.augmentation_rng(3, position)
-        expected = IMAGENET.train_crop(image, 16, rng)
+        example = jpegs.source[order.example_index(3, position, 24)]
+        (uniforms,) = order.uniforms(3, position, 1)
+        expected = np.zeros((16, 16, 3), np.uint8)
+
+        def window(height, width, uniforms=uniforms):
+            return CROPPED.window(height, width, 16, uniforms)
+
+        decode_window(example["image"], window, expected)
         np.testing.assert_array_equal(by_4[position], expected)
 
 
-def test_example_is_cropped_anew_in_every_epoch(train_source):
-    batches = train(train_source, IMAGENET, image_size=16, batch_size=24, num_steps=2)
+@pytest.mark.parametrize("start", [0, 137])
+def test_any_step_is_as_near_as_the_first(jpegs, start):
+    decoded = []
+
+    class Counting(list):
+        def __getitem__(self, index):
+            decoded.append(index)
+            return super().__getitem__(index)
+
+    reader = dataclasses.replace(jpegs, source=Counting(jpegs.source))
+    batches = pipeline.train_batches(
+        reader, CROPPED, seed=3, batch_size=4, start_step=start, num_steps=start + 1
+    )
+    (batch,) = batches
+    assert len(decoded) == 4  # nothing before was read
+    np.testing.assert_array_equal(batch["position"], 4 * start + np.arange(4))
+
+
+def test_starting_at_137_is_skipping_to_it(jpegs):
+    assert_same(
+        train(jpegs, CROPPED, start_step=137, num_steps=140),
+        train(jpegs, CROPPED, num_steps=140)[137:],
+    )
+
+
+def test_example_is_cropped_anew_in_every_epoch(jpegs):
+    batches = train(jpegs, CROPPED, batch_size=24, num_steps=2)
     orders = [order.permutation(3, epoch, 24) for epoch in (0, 1)]
     first, second = (
         batch["image"][np.argsort(indices)]
@@ -149,11 +203,14 @@ def test_example_is_cropped_anew_in_every_epoch(train_source):
     assert not any(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def evaluate(source, batch_size, num_shards, **kwargs):
-    options = {"image_size": SIDE, "num_threads": 2, **kwargs}
+def evaluate(source, batch_size, num_shards, host=0, num_hosts=1, **options):
     return list(
         pipeline.eval_batches(
-            DIGITS, source, batch_size=batch_size, num_shards=num_shards, **options
+            read(source, **options),
+            batch_size=batch_size,
+            num_shards=num_shards,
+            host=host,
+            num_hosts=num_hosts,
         )
     )
 
@@ -199,19 +256,121 @@ def test_evaluation_types_and_shapes():
     }
 
 
+def test_evaluation_in_other_processes_shows_the_same(eval_source):
+    assert_same(evaluate(eval_source, 64, 4, num_workers=2), evaluate(eval_source, 64, 4))
+
+
 def test_evaluation_takes_centre_crops(imagenet):
-    source = sources.open_source(imagenet, "validation")
-    options = {"image_size": 16, "batch_size": 10, "num_shards": 1}
-    (batch,) = pipeline.eval_batches(IMAGENET, source, **options)
+    source = imagenet("test")
+    (batch,) = pipeline.eval_batches(
+        read(source, IMAGENET, 16), batch_size=10, num_shards=1
+    )
     expected = [IMAGENET.eval_crop(decode(example["image"]), 16) for example in source]
     np.testing.assert_array_equal(batch["image"], expected)
 
 
-@pytest.mark.parametrize("encoded", [b"no image", b""])
-def test_unreadable_example_is_named_in_one_line(encoded):
+# --- damage -------------------------------------------------------------------------
+
+
+def damaged_source(*indices, example=None):
     source = make_source(10)
-    source[6] = {"image": encoded, "label": 6}
-    for read in (lambda: train(source), lambda: evaluate(source, 4, 1)):
+    for index in indices:
+        source[index] = example or {"image": b"no image", "label": index}
+    return source
+
+
+BAD = [
+    ({"image": b"no image", "label": 6}, "8 bytes that are no readable image"),
+    ({"image": b"", "label": 6}, "0 bytes"),
+    (
+        {"image": SOURCE[0]["image"], "label": 1000},
+        "label is 1000; it must be from 0 to 999",
+    ),
+    ({"image": SOURCE[0]["image"], "label": -1}, "label is -1"),
+]
+
+
+@pytest.mark.parametrize(("example", "said"), BAD)
+def test_damaged_example_is_named_in_one_line(example, said):
+    source = damaged_source(6, example=example)
+    for run in (lambda: train(read(source)), lambda: evaluate(source, 4, 1)):
         with pytest.raises(UsageError, match="example 6") as error:
-            read()
+            run()
+        assert said in str(error.value) and "skip_errors" in str(error.value)
         assert "\n" not in str(error.value)
+
+
+def test_place_of_a_damaged_example_is_told():
+    class Named(list):
+        def where(self, index):
+            return f"shard-2, record {index}"
+
+    with pytest.raises(UsageError, match=r"example 6 \(shard-2, record 6\): 8 bytes"):
+        train(read(Named(damaged_source(6))))
+
+
+def test_next_example_takes_the_place_of_a_damaged_one(capsys):
+    whole = train(num_steps=5)
+    replaced = train(read(damaged_source(3, 6, 7), skip_errors=3), num_steps=5)
+    takes = {3: 4, 6: 8, 7: 8}
+    for batch, expected in zip(replaced, whole, strict=True):
+        labels = [takes.get(label, label) for label in expected["label"]]
+        np.testing.assert_array_equal(batch["label"], labels)
+        np.testing.assert_array_equal(batch["image"][:, 0, 0, 0], np.array(labels) + 1)
+        np.testing.assert_array_equal(batch["position"], expected["position"])
+    # Every damaged example once, though all were met twice.
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert {line.split(":")[1].strip() for line in lines} == {
+        "example 3",
+        "example 6",
+        "example 7",
+    }
+    assert lines[-1].endswith("left out, as 3 of at most 3")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_one_damaged_example_too_many_stops(num_workers, capfd):
+    reader = read(damaged_source(3, 6, 7), skip_errors=2, num_workers=num_workers)
+    with pytest.raises(UsageError, match=r"at most config\.data\.skip_errors=2"):
+        train(reader, num_steps=5)
+
+
+def test_evaluation_leaves_damaged_examples_out(capsys):
+    batches = evaluate(damaged_source(3, 7), 4, 1, skip_errors=2)
+    mask = np.concatenate([batch["mask"] for batch in batches])
+    labels = np.concatenate([batch["label"] for batch in batches])
+    assert labels[mask].tolist() == [0, 1, 2, 4, 5, 6, 8, 9]
+    assert capsys.readouterr().err.splitlines()[-1].endswith("left out, as 2 of at most 2")
+
+
+def test_whole_split_is_loaded_as_it_is_trained_on():
+    images, labels = pipeline.load_all(read(damaged_source(3), skip_errors=1))
+    expected = [0, 1, 2, 4, 4, 5, 6, 7, 8, 9]
+    np.testing.assert_array_equal(labels, expected)
+    np.testing.assert_array_equal(images[:, 0, 0, 0], np.array(expected) + 1)
+    with pytest.raises(UsageError, match="example 9"):
+        pipeline.load_all(read(damaged_source(9)))
+
+
+# --- processes and threads ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cores", "num_workers", "num_threads", "expected"),
+    [
+        (2, None, 0, (0, 2)),
+        (8, None, 0, (0, 8)),
+        (16, None, 0, (2, 8)),
+        (96, None, 0, (12, 8)),
+        (96, 0, 0, (0, 96)),
+        (2, 3, 0, (3, 1)),
+        (16, 4, 2, (4, 2)),
+    ],
+)
+def test_processes_and_threads_fit_the_cores(
+    cores, num_workers, num_threads, expected, monkeypatch
+):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(cores), raising=False)
+    reader = pipeline._sized(read([], num_workers=num_workers, num_threads=num_threads))
+    assert (reader.num_workers, reader.num_threads) == expected
