@@ -60,7 +60,8 @@ def test_logits_are_pytorchs(name):
         assert error <= 1e-4 * np.abs(wanted).max(), size
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", parity.MODELS)
 def test_gradients_and_statistics_are_pytorchs(name):
     model, variables = load(name)
     golden = read_golden(name)

@@ -98,7 +98,10 @@ def killed_after(step, run, workdir):
     return workdir
 
 
-@pytest.mark.parametrize("step", range(1, NUM_STEPS))
+@pytest.mark.parametrize(
+    "step",
+    [pytest.param(s, marks=[pytest.mark.slow] * (s % 2)) for s in range(1, NUM_STEPS)],
+)
 def test_a_run_killed_after_any_step_ends_as_if_it_was_not(
     config, uninterrupted, tmp_path, step, capsys
 ):
@@ -140,7 +143,10 @@ def test_fields_that_cannot_change_the_numbers_may_differ(
         "--config.parallel=shard_map",
         "--config.log_every_steps=5",
         f"--config.data.dir={tmp_path / 'moved'}",
+        "--config.data.on_device=false",
         "--config.data.num_threads=1",
+        "--config.data.prefetch=1",
+        "--config.data.skip_errors=3",
         "--config.checkpoint.every_steps=3",
         "--config.checkpoint.keep=1",
     )

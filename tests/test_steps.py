@@ -85,7 +85,11 @@ def written_out_update(model, batch, groups=1):
 
 @pytest.mark.parametrize(
     "num_devices, group, microbatch, scale",
-    [(1, 0, 0, None), (4, 8, 0, 2.0**10), (2, 4, 4, None)],
+    [
+        (2, 4, 4, None),
+        pytest.param(1, 0, 0, None, marks=pytest.mark.slow),
+        pytest.param(4, 8, 0, 2.0**10, marks=pytest.mark.slow),
+    ],
 )
 def test_an_update_is_sgd_on_the_mean_loss_of_the_minibatch(
     num_devices, group, microbatch, scale
@@ -100,7 +104,10 @@ def test_an_update_is_sgd_on_the_mean_loss_of_the_minibatch(
     assert sums["num_examples"] == BATCH and state.step == 1
 
 
-@pytest.mark.parametrize("group, depth, microbatch", [(0, 0.0, 0), (4, 0.6, 4)])
+@pytest.mark.parametrize(
+    "group, depth, microbatch",
+    [(0, 0.0, 0), pytest.param(4, 0.6, 4, marks=pytest.mark.slow)],
+)
 def test_many_devices_train_as_one(group, depth, microbatch):
     batches = [random_batch(seed) for seed in range(3)]
     model = tiny_model(group, parallel.AXIS).clone(stochastic_depth=depth)
@@ -110,6 +117,7 @@ def test_many_devices_train_as_one(group, depth, microbatch):
     jax.tree.map(close, (one, one_sums), (eight, eight_sums))
 
 
+@pytest.mark.slow
 def test_every_step_and_seed_draws_anew_which_branch_it_drops():
     model = tiny_model(0, parallel.AXIS).clone(stochastic_depth=0.5)
     state = make_step(model)[1]
@@ -140,6 +148,7 @@ def test_running_statistics_average_over_the_groups_of_all_devices():
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), state.batch_stats, mean)
 
 
+@pytest.mark.slow
 def test_bfloat16_keeps_the_state_in_float32_and_the_loss_near():
     batches = [random_batch(seed) for seed in range(3)]
     half, half_sums = run(tiny_model(0, parallel.AXIS, jnp.bfloat16), 2, batches)

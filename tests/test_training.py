@@ -204,6 +204,7 @@ def test_several_steps_a_dispatch_of_data_on_the_device_train_alike(tiny, tmp_pa
 DIVERGES = "--config.lr_per_256=1e30"
 
 
+@pytest.mark.slow
 def test_parameters_that_are_not_finite_end_the_run_and_the_last_good_ones_are_kept(
     command, tiny_config, tmp_path
 ):

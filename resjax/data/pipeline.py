@@ -8,10 +8,15 @@ A pool of threads fills a batch in place; Grain makes several batches at once, i
 process or in others, and hands them over in order.
 """
 
+import atexit
+import contextlib
 import dataclasses
 import functools
+import multiprocessing
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -156,6 +161,19 @@ def _caught(make: Callable[[int], HostBatch], step: int) -> HostBatch:
         return {"error": str(error)}
 
 
+def _start_worker(index: int, count: int) -> None:
+    """A decoding process leaves signals to the run, and ends with it."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
+    run: Any = multiprocessing.parent_process()
+
+    def end_with_it() -> None:
+        run.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_it, daemon=True).start()
+
+
 def _batches(
     reader: Reader,
     make: Callable[[int], HostBatch],
@@ -170,8 +188,11 @@ def _batches(
         if not flags.FLAGS.is_parsed():  # Grain has flags of its own, nobody sets them
             flags.FLAGS.mark_as_parsed()
         options = grain.MultiprocessingOptions(reader.num_workers, 1)
-        steps = steps.mp_prefetch(options)
+        steps = steps.mp_prefetch(options, _start_worker)
     batches, seen = iter(steps), set[int]()
+    ending = contextlib.ExitStack()  # of the processes, once
+    ending.callback(batches.close)
+    atexit.register(ending.close)  # where this generator is not closed before
     try:
         for batch in batches:
             if "error" in batch:
@@ -181,8 +202,7 @@ def _batches(
                 batch = {name: np.array(array) for name, array in batch.items()}
             yield batch
     finally:
-        if hasattr(batches, "close"):  # ends the processes
-            batches.close()
+        ending.close()
 
 
 @dataclasses.dataclass(frozen=True)

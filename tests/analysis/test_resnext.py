@@ -53,6 +53,7 @@ def output_and_gradient(form, case):
     return jax.jit(grad)(variables["params"], x)
 
 
+@pytest.mark.slow
 def test_forms_agree_in_output_and_gradient(case):
     expected, *others = (output_and_gradient(form, case) for form in FORMS)
     for found in others:

@@ -113,7 +113,7 @@ def test_augmentation_does_not_depend_on_the_other_examples_of_the_batch():
     np.testing.assert_allclose(alone, whole, atol=1e-3)
 
 
-@pytest.mark.parametrize("seed", [0, 2**32 - 1])
+@pytest.mark.parametrize("seed", [2**32 - 1])
 def test_positions_and_seeds_have_draws_of_their_own(seed):
     n = 400
     images = np.repeat(noise(1), n, axis=0)

@@ -4,9 +4,15 @@ import dataclasses
 import functools
 import itertools
 import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from tiny_tfds import encode, write_imagenet
 
 from resjax.config import UsageError
@@ -374,3 +380,64 @@ def test_processes_and_threads_fit_the_cores(
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(cores), raising=False)
     reader = pipeline._sized(read([], num_workers=num_workers, num_threads=num_threads))
     assert (reader.num_workers, reader.num_threads) == expected
+
+
+_ENDLESS = """
+import multiprocessing, sys, time
+from resjax.data import pipeline
+from resjax.data.datasets import DATASETS
+from resjax.data.recipes import RECIPES
+
+def main():
+    source = [{"image": bytes.fromhex(sys.argv[1]), "label": 0}]
+    reader = pipeline.Reader(DATASETS["digits"], source, 4, 1, num_workers=2)
+    batches = pipeline.train_batches(
+        reader, RECIPES["none"], seed=0, batch_size=2, start_step=0, num_steps=10**6
+    )
+    next(batches)
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc to look into")
+@pytest.mark.parametrize("end", ["exit", signal.SIGKILL, signal.SIGINT])
+def test_processes_end_with_the_run_and_quietly(end, tmp_path):
+    script = tmp_path / "endless.py"
+    script.write_text(_ENDLESS)
+    png = SOURCE[0]["image"].hex()
+    run = subprocess.Popen(
+        [sys.executable, script, png],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # so that the signal goes to its processes alone
+    )
+    pids = run.stdout.readline().split()
+    assert len(pids) == 2 and all(map(is_running, pids))
+    if end == signal.SIGINT:
+        os.killpg(run.pid, end)  # as Ctrl-C does
+    elif end != "exit":
+        run.send_signal(end)
+    _, err = run.communicate()
+    # Of a script that is interrupted, its own traceback alone.
+    assert err.count("Traceback") == (end == signal.SIGINT)
+    assert end == signal.SIGKILL or "leaked" not in err
+    deadline = time.monotonic() + 20
+    while any(map(is_running, pids)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
