@@ -1,6 +1,7 @@
 """Images a second of resjax's input pipeline, of TensorFlow's and of PyTorch's.
 
-  pip install -r requirements-dev.txt && pip install -r requirements-peers.txt
+  pip install -r requirements-dev.txt && pip install --no-deps -r requirements-peers.txt
+  pip install tensorflow-cpu==2.21.0
   python -m benchmarks.input_pipeline
 
 All read the same generated JPEG files of 500 x 375 pixels and about 110 kB, as ImageNet's
@@ -8,13 +9,13 @@ are on average, take a random-resized crop of 224 and give batches of 64. They h
 cores and take turns in the same run, each in a process of its own that is stopped while it
 is not its turn. A ratio is the median over the rounds of one round's against the peer's.
 
-  resjax          TFRecord through its index -> uint8; flip and normalisation are the
-                  device's. Pixels are the same without libjpeg-turbo 3, only later.
-  tf.data         TFRecord, the fused decode-and-crop op, bicubic as in flax's ImageNet
-                  example, flip -> uint8: the work of resjax and the flip.
-  tf.data, flax   the same and what that example does on: normalised float32.
-  torch           a folder, DataLoader with a worker a core, Pillow, torchvision's reference
-                  transforms: crop, flip, to float32, normalised.
+  resjax         TFRecord through its index, bilinear -> uint8; flip and normalisation are
+                 the device's. OpenCV alone: without libjpeg-turbo 3, the same pixels.
+  tf.data        TFRecord, the fused decode-and-crop op, bicubic as in flax's ImageNet
+                 example, flip -> uint8: the work of resjax and the flip.
+  tf.data, flax  what that example does: the same, and normalised float32.
+  torch          a folder, DataLoader with a worker a core, Pillow, torchvision's reference
+                 transforms: crop, flip, to float32, normalised.
 
 A peer that is not installed is left out and named.
 """
@@ -41,7 +42,6 @@ from tqdm import tqdm
 from resjax.config import ArgumentParser, RunError, run_command
 
 SIZE, BATCH, CLASSES = 224, 64, 10
-AHEAD = 8  # batches; no pipeline makes as many ahead
 SHARD = "imagenet2012-train.tfrecord-00000-of-00001"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -145,7 +145,9 @@ def opencv_batches(root: Path, cores: int) -> Batches:
     return resjax_batches(root, cores)
 
 
-def tf_batches(root: Path, cores: int, normalize: bool = False) -> Batches:
+def tf_batches(
+    root: Path, cores: int, method: str = "bicubic", normalize: bool = False
+) -> Batches:
     """TensorFlow's, with its fused op."""
     import tensorflow as tf
 
@@ -169,7 +171,7 @@ def tf_batches(root: Path, cores: int, normalize: bool = False) -> Batches:
         begin, extent, _ = window(tf.image.extract_jpeg_shape(jpeg))
         where = tf.concat([begin[:2], extent[:2]], axis=0)
         image = tf.image.decode_and_crop_jpeg(jpeg, where, channels=3)
-        image = tf.image.resize(image, (SIZE, SIZE), method="bicubic")
+        image = tf.image.resize(image, (SIZE, SIZE), method=method)
         image = tf.image.random_flip_left_right(image)
         if normalize:
             image = (image - 255 * tf.constant(MEAN)) / (255 * tf.constant(STD))
@@ -217,6 +219,7 @@ PIPELINES: dict[str, tuple[str, Callable[[Path, int], Batches]]] = {
     "resjax": ("resjax", resjax_batches),
     "resjax, OpenCV alone": ("resjax", opencv_batches),
     "tf.data": ("tensorflow", tf_batches),
+    "tf.data, bilinear": ("tensorflow", functools.partial(tf_batches, method="bilinear")),
     "tf.data, flax": ("tensorflow", functools.partial(tf_batches, normalize=True)),
     "torch": ("torchvision", torch_batches),
 }
@@ -231,7 +234,7 @@ def serve(name: str, root: Path, cores: int, pipe: Any) -> None:
     batches = PIPELINES[name][1](root, cores)
     while True:
         count = pipe.recv()
-        for _ in range(AHEAD):  # that were made before
+        for _ in range(4 * cores):  # more than were made before
             next(batches)
         start = time.perf_counter()
         for _ in range(count):

@@ -44,6 +44,7 @@ class Run:
       learning_rates: of every update, [num_steps] float32.
       derived: what was computed from several fields, to be shown and stored.
       class_names: of the labels, in order.
+      num_damaged: () -> training examples that were left out so far.
     """
 
     init_state: Callable[[], TrainState]
@@ -58,6 +59,7 @@ class Run:
     learning_rates: np.ndarray
     derived: dict[str, Any]
     class_names: list[str]
+    num_damaged: Callable[[], int]
 
 
 def build_model(config: Config, axis_name: str | None = None) -> nn.Module:
@@ -249,7 +251,7 @@ def build_evaluation(
 
     def start() -> Iterable[Batch]:
         if not (keep and build_data.is_small(config, len(source))):
-            return parallel.prefetch(batches(), config.data.prefetch)
+            return parallel.prefetch(batches())
         if not kept:
             kept.extend(parallel.prefetch(batches()))
         return kept
@@ -292,13 +294,14 @@ def build_run(config: Config) -> Run:
     def must_end(step: int) -> bool:  # a dispatch, so that the state is there
         return step in eval_steps or save_due(step)
 
+    reader = build_data.build_reader(config, source)
     if on_device:
         run_step, train_batches = build_data.build_resident(
-            config, source, train_step, num_steps, steps_per_dispatch, must_end
+            config, reader, train_step, num_steps, steps_per_dispatch, must_end
         )
     else:
         run_step, train_batches = build_data.build_streamed(
-            config, source, train_step, num_steps
+            config, reader, train_step, num_steps
         )
     rates = jax.vmap(schedule)(jnp.arange(num_steps))
     return Run(
@@ -314,4 +317,5 @@ def build_run(config: Config) -> Run:
         learning_rates=np.asarray(rates),
         derived=derived,
         class_names=source.class_names,
+        num_damaged=lambda: len(reader.damaged),
     )

@@ -1,5 +1,6 @@
 """Config -> the data of a run: source, crops, augmentation, batches; one `build_*` each."""
 
+import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from resjax import parallel, steps
+from resjax import hosts, parallel, steps
 from resjax.config import Config, UsageError
 from resjax.steps import Batch, TrainState
 
@@ -24,12 +25,29 @@ def build_source(config: Config, split: str) -> Any:
     from resjax.data import sources
 
     source = sources.open_source(config.data.name, config.data.dir, split)
+    if not len(source):
+        raise UsageError(f"config.data.name: {config.data.name} has no {split} examples")
     if len(source.class_names) != config.num_classes:
         raise UsageError(
             f"config.num_classes: {config.num_classes}, but the data set "
             f"{config.data.name} has {len(source.class_names)} classes"
         )
+    _check_hosts(source, split)
     return source
+
+
+def _check_hosts(source: Any, split: str) -> None:
+    """Raises `UsageError` if the hosts have different data, by a sample of its places."""
+    if jax.process_count() == 1:
+        return
+    every = -(-len(source) // 1000)
+    sample = [source.where(i) for i in range(0, len(source), every)]
+    told = repr((len(source), source.class_names, sample))
+    if not hosts.is_same(zlib.crc32(told.encode())):
+        raise UsageError(
+            f"config.data.dir: process {jax.process_index()} has other {split} examples "
+            "than the others"
+        )
 
 
 def build_class_names(config: Config) -> list[str]:
@@ -175,7 +193,7 @@ def build_steps_per_dispatch(config: Config, on_device: bool) -> int:
 
 
 def build_streamed(
-    config: Config, source: Any, train_step: steps.TrainStep, num_steps: int
+    config: Config, reader: Any, train_step: steps.TrainStep, num_steps: int
 ) -> tuple[Callable, Callable[..., Iterator[Any]]]:
     """`train_step` and `train_batches` of a run whose batches the host makes."""
     from resjax.data import pipeline
@@ -184,7 +202,7 @@ def build_streamed(
         start_step: int, wants_stop: Callable[[], bool] = lambda: False
     ) -> Iterator[Batch]:
         batches = pipeline.train_batches(
-            build_reader(config, source),
+            reader,
             build_recipe(config),
             seed=config.seed,
             batch_size=config.batch_size,
@@ -198,7 +216,7 @@ def build_streamed(
                 {**batch, "stop": np.full(len(batch["label"]), wants_stop(), np.int32)}
                 for batch in batches
             )
-        return parallel.prefetch(batches, config.data.prefetch)
+        return parallel.prefetch(batches)
 
     run_step = parallel.run_on_devices(train_step, config.parallel, donate_state=True)
     return run_step, train_batches
@@ -206,7 +224,7 @@ def build_streamed(
 
 def build_resident(
     config: Config,
-    source: Any,
+    reader: Any,
     train_step: steps.TrainStep,
     num_steps: int,
     steps_per_dispatch: int,
@@ -232,7 +250,7 @@ def build_resident(
 
     def train_batches(start_step: int, wants_stop: Any = None) -> Iterator[Any]:
         yield from resident.resident_batches(
-            *pipeline.load_all(build_reader(config, source)),
+            *pipeline.load_all(reader),
             parallel.replicate,
             seed=config.seed,
             batch_size=config.batch_size,

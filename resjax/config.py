@@ -85,13 +85,13 @@ class DataConfig:
     dir: str | None = None  # None: $TFDS_DATA_DIR, or ~/tensorflow_datasets
     image_size: int = _positive(8)
     recipe: str | None = None  # of the training augmentation; None: the data set's own
-    # Unreadable training examples that may be replaced by others; 0 = the run stops.
+    # Damaged examples that a host may leave out of a split; 0 = the run stops at the first.
     skip_errors: int = _not_negative(0)
     # The whole data set in the memory of the devices; None: if it is small.
     on_device: bool | None = None
     # Updates that one dispatch makes of data on the device; 0 = 1 on a CPU, 8 elsewhere.
     steps_per_dispatch: int = _not_negative(0)
-    # Processes that decode; 0 = threads of this one; None: one for every 8 cores over 8.
+    # Processes that decode; 0 = threads of this one; None: one for 8 cores of 16 or more.
     num_workers: int | None = _not_negative(None)
     num_threads: int = _not_negative(0)  # decoding threads of each; 0 = one a core
     prefetch: int = _positive(2)  # batches made ahead

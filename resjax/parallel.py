@@ -115,7 +115,7 @@ def shard(batch: Any) -> Any:
     return jax.tree.map(put, batch)
 
 
-def prefetch(batches: Iterable[Any], depth: int = 2) -> Iterator[Any]:
+def prefetch(batches: Iterable[Any], depth: int = 1) -> Iterator[Any]:
     """`shard` of every batch, `depth` batches ahead of the consumer."""
     ready: deque = deque()
     for batch in batches:

@@ -214,9 +214,12 @@ def _fit(
         records.say(f"stopped by signal {signum}; step {step} is saved")
         return 128 + signum
     minutes, seconds = divmod(round(time.perf_counter() - started), 60)
+    damaged = (
+        f", {run.num_damaged()} damaged examples left out" if run.num_damaged() else ""
+    )
     records.say(
         f"finished in {minutes} min {seconds:02d} s (waited {waits.data:.0f} s for data, "
-        f"{waits.devices:.0f} s for the devices); see {workdir}/curves.png"
+        f"{waits.devices:.0f} s for the devices{damaged}); see {workdir}/curves.png"
     )
     return 0
 
@@ -274,9 +277,9 @@ def report_wait(percent: float, data_name: str) -> None:
     """Says that training waits for data, if it waits long."""
     if percent > _LONG_WAIT:
         records.say(
-            f"waiting for data {percent:.0f} % of the time; more "
-            "--config.data.num_workers, a larger --config.data.prefetch or "
-            f"`python -m resjax.data {data_name} --shrink=512` may help"
+            f"waiting for data {percent:.0f} % of the time; more --config.data.num_workers "
+            "may help, for large JPEG files also "
+            f"`python -m resjax.data {data_name} --shrink=512`"
         )
 
 

@@ -34,6 +34,7 @@ ORDER = [
     "data.describe",
     "data.resident",
     "data.pipeline",
+    "data.workers",
     "data.sources",
     "data.tfrecord",
     "data.folder",

@@ -121,6 +121,9 @@ def center_crop(image: np.ndarray, size: int) -> np.ndarray:
 
     Source: Krizhevsky et al. 2012; He et al. 2015, section 3.4 (224 of 256).
     """
+    limit = 8 * min(image.shape[:2])  # of a strip, what would be enlarged in vain
+    top, left = (max(side - limit, 0) // 2 for side in image.shape[:2])
+    image = image[top : top + limit, left : left + limit]
     height, width = image.shape[:2]
     scale = round(size * 256 / 224) / min(height, width)
     height, width = max(round(height * scale), size), max(round(width * scale), size)

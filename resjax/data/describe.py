@@ -2,8 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import cv2
@@ -15,12 +14,12 @@ from resjax.data import jpeg
 from resjax.data.decode import DataError, decode
 from resjax.data.folder import FolderSource
 from resjax.data.sources import Source, TfdsSource
+from resjax.data.workers import in_order, num_cores
 
 _PART = 8  # examples a thread takes at once
 _WAITING = 64  # parts that may wait to be taken over, each 1 MB of ImageNet
 _LISTED = 20  # damaged examples that are named
 
-_Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
@@ -95,24 +94,6 @@ def disk_bytes(source: Source) -> int:
     return sum(path.stat().length for path in _files(source))
 
 
-def in_threads(
-    function: Callable[[_Item], _Result], items: Iterable[_Item]
-) -> Iterator[_Result]:
-    """function(item) of all items, in order; takes new ones as results are taken over."""
-    cv2.setNumThreads(0)  # parallelism is over images
-    waiting: collections.deque[Future[_Result]] = collections.deque()
-    threads = ThreadPoolExecutor(thread_name_prefix="read")
-    try:
-        for item in items:
-            waiting.append(threads.submit(function, item))
-            if len(waiting) == _WAITING:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        threads.shutdown(cancel_futures=True)
-
-
 def in_parts(
     function: Callable[[int], _Result], indices: Sequence[int], label: str
 ) -> Iterator[_Result]:
@@ -120,8 +101,13 @@ def in_parts(
     parts = (indices[i : i + _PART] for i in range(0, len(indices), _PART))
     # disable=None: no bar if standard error is no terminal.
     bar = tqdm(total=len(indices), desc=label, unit="image", disable=None, leave=False)
+
+    def read(part: Sequence[int]) -> list[_Result]:
+        return [function(i) for i in part]
+
     with bar:
-        for results in in_threads(lambda part: [function(i) for i in part], parts):
+        cv2.setNumThreads(0)  # parallelism is over images
+        for results in in_order(read, parts, num_cores(), _WAITING):
             yield from results
             bar.update(len(results))
 
@@ -170,6 +156,8 @@ def describe(source: Source, rotates: bool, sample: int | None, label: str) -> D
         try:
             example = source[index]
             encoded = example["image"]
+            if isinstance(source, TfdsSource) and not source.is_whole(index):
+                return "its checksum is wrong"
             height, width = decode(encoded, rotates).shape[:2]
         except DataError as error:
             return str(error)

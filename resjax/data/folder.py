@@ -108,9 +108,11 @@ def _images(directory: Path, root: Path, strangers: list[Path]) -> list[str]:
         if entry.name.lower().endswith(_EXTENSIONS):
             names.append(entry.name)
     if not names:
+        left_out = any(path.parent == directory for path in strangers)
+        why = f"; links that lead out of {root} are not followed" if left_out else ""
         raise UsageError(
             f"config.data.dir: the class folder {directory} has no image "
-            f"({' '.join(_EXTENSIONS)})"
+            f"({' '.join(_EXTENSIONS)}){why}"
         )
     return names
 

@@ -44,6 +44,8 @@ def read_header(encoded: bytes) -> Header | None:
         if marker == 0xFF:  # a fill byte
             at += 1
             continue
+        if marker <= 0x01 or 0xD0 <= marker <= 0xD9:  # have no length; not found here
+            return None
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # SOF
             height, width, components = struct.unpack_from(">HHB", encoded, at + 5)
             end = b"\xff\xd9"

@@ -4,27 +4,20 @@ Batches are dicts of host arrays: `image` [b, S, S, 3] uint8, `label` [b] int32,
 `position` [b] int32 (training) or `mask` [b] bool (evaluation), where b is the host's
 share of the global batch: host h of n holds the h-th contiguous slice.
 
-A pool of threads fills a batch in place; Grain makes several batches at once, in this
-process or in others, and hands them over in order.
+A pool of threads fills a batch in place, while another is begun. Processes make parts of
+batches, which are put together here.
 """
 
-import atexit
 import contextlib
 import dataclasses
 import functools
-import multiprocessing
-import os
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import cv2
-import grain
 import numpy as np
-from absl import flags
 from tqdm import tqdm
 
 from resjax.config import UsageError
@@ -32,9 +25,12 @@ from resjax.data import order
 from resjax.data.datasets import Dataset
 from resjax.data.decode import DataError, decode, decode_window
 from resjax.data.recipes import Recipe
+from resjax.data.workers import can_share, in_order, num_cores, processes
 
 HostBatch = dict[str, Any]
 Crop = Callable[[bytes, np.ndarray], None]  # encoded, and [S, S, 3] uint8 to be filled
+
+_PART = 32  # examples that a process makes at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +43,11 @@ class Reader:
       image_size: S, pixels.
       num_classes: labels are below it.
       skip_errors: damaged examples that may be left out; 0 = none.
-      num_workers: processes; 0 = threads of this one; None: one for every 8 cores over 8.
+      num_workers: processes; 0 = threads of this one; None: one for every 8 cores of 16
+        or more.
       num_threads: of each process; 0 = the cores, shared out.
       prefetch: batches made ahead.
+      damaged: the examples that were left out so far.
     """
 
     dataset: Dataset
@@ -60,6 +58,7 @@ class Reader:
     num_workers: int | None = 0
     num_threads: int = 0
     prefetch: int = 2
+    damaged: set[int] = dataclasses.field(default_factory=set)
 
     def read(self, index: int, crop: Crop, out: np.ndarray) -> int:
         """Crops an example into `out` and returns its label; `DataError` names it."""
@@ -71,7 +70,7 @@ class Reader:
                 raise DataError(f"its label is {label}; {allowed}")
             crop(example["image"], out)
             return label
-        except DataError as error:
+        except (DataError, cv2.error, MemoryError) as error:
             where = getattr(self.source, "where", None)
             place = f" ({where(index)})" if where else ""
             raise DataError(f"data: example {index}{place}: {error}") from None
@@ -86,33 +85,30 @@ class Reader:
                 return self.read(tried, crop, out)
             except DataError as error:
                 damaged[tried] = str(error)
-        raise _too_many(damaged[index], self.skip_errors)
+        raise self.too_many(damaged[index])
 
     def eval_crop(self, encoded: bytes, out: np.ndarray) -> None:
         """The crop that is evaluated."""
         image = decode(encoded, self.dataset.rotates)
         out[:] = self.dataset.eval_crop(image, self.image_size)
 
+    def count(self, damaged: dict[int, str]) -> None:
+        """Says which examples are new among the damaged; raises if they are too many."""
+        for index in sorted(damaged.keys() - self.damaged):
+            self.damaged.add(index)
+            if len(self.damaged) > self.skip_errors:
+                raise self.too_many(damaged[index])
+            told = f"left out, as {len(self.damaged)} of at most {self.skip_errors}"
+            tqdm.write(f"{damaged[index]}; {told}", file=sys.stderr)
+        if len(self.damaged) == len(self.source):
+            raise UsageError("data: none of the examples can be read")
 
-def _too_many(line: str, allowed: int) -> UsageError:
-    return UsageError(
-        f"{line}; a run leaves out at most config.data.skip_errors={allowed} such examples"
-    )
-
-
-def _count(damaged: dict[int, str], seen: set[int], allowed: int) -> None:
-    """Says which examples are new among the damaged; raises if they are too many."""
-    for index in sorted(damaged.keys() - seen):
-        seen.add(index)
-        if len(seen) > allowed:
-            raise _too_many(damaged[index], allowed)
-        line = f"{damaged[index]}; left out, as {len(seen)} of at most {allowed}"
-        tqdm.write(line, file=sys.stderr)
-
-
-def _num_cores() -> int:
-    mine = getattr(os, "sched_getaffinity", None)  # where the system has it
-    return len(mine(0)) if mine else os.cpu_count() or 1
+    def too_many(self, line: str) -> UsageError:
+        """The error of a damaged example that may not be left out."""
+        return UsageError(
+            f"{line}; a run leaves out at most config.data.skip_errors={self.skip_errors} "
+            "such examples"
+        )
 
 
 def _sized(reader: Reader) -> Reader:
@@ -120,10 +116,22 @@ def _sized(reader: Reader) -> Reader:
 
     Python itself takes a tenth of an image's time, so threads of one process cannot use
     many more than eight cores.
+
+    Raises:
+      UsageError: there is no shared memory for so many processes.
     """
-    cores, workers = _num_cores(), reader.num_workers
+    cores, workers = num_cores(), reader.num_workers
     if workers is None:
-        workers = cores // 8 if cores > 8 else 0
+        workers = cores // 8 if cores >= 16 else 0
+    if workers and not can_share(workers, _PART * 3 * reader.image_size**2):
+        if reader.num_workers:
+            raise UsageError(
+                f"config.data.num_workers: {workers} processes need more shared memory "
+                "(in Docker: --shm-size=2g); 0 decodes in threads of this one"
+            )
+        told = "data: decoding in threads alone, there is too little shared memory"
+        tqdm.write(f"{told} for {workers} processes", file=sys.stderr)
+        workers = 0
     threads = reader.num_threads or max(1, cores // max(1, workers))
     return dataclasses.replace(reader, num_workers=workers, num_threads=threads)
 
@@ -153,61 +161,9 @@ def _fill(
     return images, labels
 
 
-def _caught(make: Callable[[int], HostBatch], step: int) -> HostBatch:
-    """make(step), or {"error"}: a process that raises leaves its shared memory behind."""
-    try:
-        return make(step)
-    except UsageError as error:
-        return {"error": str(error)}
-
-
-def _start_worker(index: int, count: int) -> None:
-    """A decoding process leaves signals to the run, and ends with it."""
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, signal.SIG_IGN)
-    run: Any = multiprocessing.parent_process()
-
-    def end_with_it() -> None:
-        run.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_it, daemon=True).start()
-
-
-def _batches(
-    reader: Reader,
-    make: Callable[[int], HostBatch],
-    start: int,
-    stop: int,
-) -> Iterator[HostBatch]:
-    """make(start), ..., make(stop - 1) in order; counts what `damaged` of each says."""
-    ahead = grain.ReadOptions(min(2, reader.prefetch), reader.prefetch)
-    steps: Any = grain.MapDataset.range(start, stop).map(functools.partial(_caught, make))
-    steps = steps.to_iter_dataset(ahead)
-    if reader.num_workers:
-        if not flags.FLAGS.is_parsed():  # Grain has flags of its own, nobody sets them
-            flags.FLAGS.mark_as_parsed()
-        options = grain.MultiprocessingOptions(reader.num_workers, 1)
-        steps = steps.mp_prefetch(options, _start_worker)
-    batches, seen = iter(steps), set[int]()
-    ending = contextlib.ExitStack()  # of the processes, once
-    ending.callback(batches.close)
-    atexit.register(ending.close)  # where this generator is not closed before
-    try:
-        for batch in batches:
-            if "error" in batch:
-                raise UsageError(batch["error"])
-            _count(batch.pop("damaged"), seen, reader.skip_errors)
-            if reader.num_workers:  # out of shared memory, which nobody may outlive
-                batch = {name: np.array(array) for name, array in batch.items()}
-            yield batch
-    finally:
-        ending.close()
-
-
 @dataclasses.dataclass(frozen=True)
 class _TrainBatch:
-    """step -> the host's slice of that minibatch; made in any process."""
+    """(step, part) -> those examples of the host's slice of that minibatch."""
 
     reader: Reader
     recipe: Recipe
@@ -216,23 +172,23 @@ class _TrainBatch:
     host: int
     num_hosts: int
 
-    def __call__(self, step: int) -> HostBatch:
+    def __call__(self, step: int, part: range) -> HostBatch:
         local_size = self.batch_size // self.num_hosts
-        first = step * self.batch_size + self.host * local_size
-        num_examples = len(self.reader.source)
-        uniforms = order.uniforms(self.seed, first, local_size)
-        damaged: dict[int, str] = {}
+        first = step * self.batch_size + self.host * local_size + part.start
+        positions = range(first, first + len(part))
+        num_examples, damaged = len(self.reader.source), dict[int, str]()
+        indices = [order.example_index(self.seed, p, num_examples) for p in positions]
+        uniforms = order.uniforms(self.seed, first, len(part))
 
         def load(i: int, out: np.ndarray) -> int:
-            index = order.example_index(self.seed, first + i, num_examples)
-            return self.reader.read_or_next(index, self.crop(uniforms[i]), out, damaged)
+            crop = self.crop(uniforms[i])
+            return self.reader.read_or_next(indices[i], crop, out, damaged)
 
-        images, labels = _fill(self.reader, local_size, load)
-        positions = np.arange(first, first + local_size, dtype=np.int32)
+        images, labels = _fill(self.reader, len(part), load)
         return {
             "image": images,
             "label": labels,
-            "position": positions,
+            "position": np.array(positions, np.int32),
             "damaged": damaged,
         }
 
@@ -248,6 +204,35 @@ class _TrainBatch:
         return lambda encoded, out: decode_window(
             encoded, place, out, reader.dataset.rotates
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class _InProcesses:
+    """i -> a part of a minibatch, so that a process holds little; made in any of them."""
+
+    make: _TrainBatch
+    start: int
+    parts: list[range]
+
+    def __call__(self, i: int) -> HostBatch:
+        step, part = divmod(i, len(self.parts))
+        return self.make(self.start + step, self.parts[part])
+
+
+def _join(parts: Iterable[HostBatch], local_size: int) -> HostBatch:
+    """A batch of its parts, which may lie in shared memory."""
+    batch: HostBatch = {"damaged": {}}
+    done = 0
+    for part in parts:
+        batch["damaged"] |= part.pop("damaged")
+        count = len(part["label"])
+        for name, array in part.items():
+            whole = batch.setdefault(
+                name, np.empty((local_size, *array.shape[1:]), array.dtype)
+            )
+            whole[done : done + count] = array
+        done += count
+    return batch
 
 
 def train_batches(
@@ -277,14 +262,37 @@ def train_batches(
       UsageError: more damaged examples than may be left out; else each is named in a line
         on standard error, and the next one takes its place.
     """
-    reader = _sized(reader)
+    reader, local_size = _sized(reader), batch_size // num_hosts
     make = _TrainBatch(reader, recipe, seed, batch_size, host, num_hosts)
-    return _batches(reader, make, start_step, num_steps)
+    steps = range(start_step, num_steps)
+    with contextlib.ExitStack() as stack:
+        if reader.num_workers:
+            whole = range(local_size)
+            parts = [whole[i : i + _PART] for i in whole[::_PART]]
+            function = _InProcesses(make, start_step, parts)
+            count = len(steps) * len(parts)
+            take = stack.enter_context(processes(function, count, reader.num_workers))
+            batches = in_order(
+                lambda step: _join((take() for _ in parts), local_size),
+                steps,
+                num_threads=1,
+                ahead=reader.prefetch,
+            )
+        else:
+            batches = in_order(
+                lambda step: make(step, range(local_size)),
+                steps,
+                num_threads=2,  # so that one begins while the other ends
+                ahead=reader.prefetch,
+            )
+        for batch in stack.enter_context(contextlib.closing(batches)):
+            reader.count(batch.pop("damaged"))
+            yield batch
 
 
 @dataclasses.dataclass(frozen=True)
 class _EvalBatch:
-    """i -> the host's slice of the i-th batch; made in any process."""
+    """i -> the host's slice of the i-th batch."""
 
     reader: Reader
     batch_size: int
@@ -322,6 +330,8 @@ def eval_batches(
 ) -> Iterator[HostBatch]:
     """Every example once, in order, on any number of devices and hosts.
 
+    Decoded by threads: processes would have to start for every evaluation.
+
     Args:
       reader: of the split.
       batch_size: examples a batch, over all hosts; any positive number.
@@ -334,11 +344,15 @@ def eval_batches(
       UsageError: more damaged examples than may be left out; else each is named in a line
         on standard error, and not evaluated.
     """
-    reader, num_examples = _sized(reader), len(reader.source)
+    reader = _sized(dataclasses.replace(reader, num_workers=0))
+    num_examples = len(reader.source)
     batch_size = min(batch_size, num_examples)
     padded_size = -(-batch_size // num_shards) * num_shards
     make = _EvalBatch(reader, batch_size, padded_size // num_hosts, host)
-    return _batches(reader, make, 0, -(-num_examples // batch_size))
+    steps = range(-(-num_examples // batch_size))
+    for batch in in_order(make, steps, num_threads=2, ahead=reader.prefetch):
+        reader.count(batch.pop("damaged"))
+        yield batch
 
 
 def load_all(reader: Reader) -> tuple[np.ndarray, np.ndarray]:
@@ -350,11 +364,11 @@ def load_all(reader: Reader) -> tuple[np.ndarray, np.ndarray]:
     Raises:
       UsageError: more damaged examples than may be left out.
     """
-    reader, damaged = _sized(reader), dict[int, str]()
+    reader, damaged = _sized(dataclasses.replace(reader, num_workers=0)), dict[int, str]()
     images, labels = _fill(
         reader,
         len(reader.source),
         lambda i, out: reader.read_or_next(i, reader.eval_crop, out, damaged),
     )
-    _count(damaged, set(), reader.skip_errors)
+    reader.count(damaged)
     return images, labels

@@ -3,6 +3,7 @@
 import bisect
 import contextlib
 import dataclasses
+import errno
 import functools
 import importlib.util
 import io
@@ -25,7 +26,7 @@ from resjax.config import UsageError, unknown_name
 from resjax.data.datasets import get_dataset
 from resjax.data.decode import DataError
 from resjax.data.folder import open_folder
-from resjax.data.tfrecord import open_tfrecords
+from resjax.data.tfrecord import TFRecords, open_tfrecords
 
 Example = Mapping[str, Any]  # {"image": encoded bytes, "label": int, ...}
 
@@ -93,7 +94,13 @@ class TfdsSource:
             path = self.shards[self._shard(index)]
             if not epath.Path(path).exists():
                 raise UsageError(f"{path}: the shard is gone") from error
+            if isinstance(error, OSError) and error.errno != errno.EIO:
+                raise UsageError(f"{path}: {error.strerror}") from error  # of the machine
             raise DataError(" ".join(str(error).split())) from error
+
+    def is_whole(self, index: int) -> bool:
+        """Whether a record is what its checksum says, where the reader leaves that open."""
+        return not isinstance(self.records, TFRecords) or self.records.is_whole(index)
 
     def _shard(self, index: int) -> int:
         return bisect.bisect_right(self.ends, index)

@@ -1,27 +1,11 @@
 """Reading a whole split: in order, in constant memory; what it says is in test_main.py."""
 
-import threading
-
 import cv2
 import numpy as np
 import pytest
 from tiny_tfds import encode, pixels
 
 from resjax.data import describe
-
-
-def test_results_come_in_order_and_few_of_them_wait():
-    started, lock = [], threading.Lock()
-
-    def square(i):
-        with lock:
-            started.append(i)
-        return i * i
-
-    results = describe.in_threads(square, range(1000))
-    assert next(results) == 0
-    assert len(started) <= 64
-    assert list(results) == [i * i for i in range(1, 1000)]
 
 
 @pytest.mark.parametrize(

@@ -4,15 +4,12 @@ import dataclasses
 import functools
 import itertools
 import os
-import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
+import uuid
 
+import cv2
 import numpy as np
 import pytest
-from conftest import ROOT
 from tiny_tfds import encode, write_imagenet
 
 from resjax.config import UsageError
@@ -262,10 +259,6 @@ def test_evaluation_types_and_shapes():
     }
 
 
-def test_evaluation_in_other_processes_shows_the_same(eval_source):
-    assert_same(evaluate(eval_source, 64, 4, num_workers=2), evaluate(eval_source, 64, 4))
-
-
 def test_evaluation_takes_centre_crops(imagenet):
     source = imagenet("test")
     (batch,) = pipeline.eval_batches(
@@ -342,6 +335,73 @@ def test_one_damaged_example_too_many_stops(num_workers, capfd):
         train(reader, num_steps=5)
 
 
+def test_examples_are_told_and_counted_once_in_all_evaluations(capsys):
+    reader = read(damaged_source(3, 7), skip_errors=2)
+    for _ in range(2):
+        list(pipeline.eval_batches(reader, batch_size=4, num_shards=1))
+    assert len(capsys.readouterr().err.splitlines()) == 2
+    assert reader.damaged == {3, 7}
+
+
+def test_split_of_which_nothing_can_be_read_is_an_error():
+    source = damaged_source(*range(10))
+    for run in (
+        lambda: train(read(source, skip_errors=10)),
+        lambda: evaluate(source, 4, 1, skip_errors=10),
+    ):
+        with pytest.raises(UsageError):
+            run()
+    with pytest.raises(UsageError, match="none of the examples can be read"):
+        evaluate(source, 4, 1, skip_errors=10)
+
+
+def test_errors_of_opencv_name_the_example():
+    class Broken(list):
+        def __getitem__(self, index):
+            raise cv2.error("ssize.empty()")
+
+    with pytest.raises(UsageError, match=r"data: example \d: .*ssize"):
+        train(read(Broken(SOURCE)))
+
+
+@pytest.mark.parametrize(("num_workers", "prefetch"), [(0, 1), (0, 3), (1, 2)])
+def test_few_batches_exist_at_once(num_workers, prefetch, tmp_path):
+    source = Logged(tmp_path, SOURCE)
+    reader = read(source, num_workers=num_workers, prefetch=prefetch)
+    options = {"seed": 3, "batch_size": 64, "start_step": 0, "num_steps": 50}
+    batches = pipeline.train_batches(reader, PLAIN, **options)
+    next(batches)
+    time.sleep(1)
+    made = len(list(tmp_path.iterdir())) / 64
+    batches.close()
+    # One is taken, `prefetch` are ahead; a process holds some parts of half a batch.
+    assert made <= 1 + prefetch + 8 / 2 * num_workers
+    assert made >= 1 + prefetch
+
+
+class Logged:
+    """A source that leaves a file for each example that is read."""
+
+    def __init__(self, folder, examples):
+        self.folder, self.examples = folder, examples
+
+    def __len__(self):
+        return len(self.examples)
+
+    def __getitem__(self, index):
+        (self.folder / uuid.uuid4().hex).touch()
+        return self.examples[index]
+
+
+def test_too_little_shared_memory_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(32), raising=False)
+    monkeypatch.setattr(pipeline, "can_share", lambda workers, num_bytes: False)
+    assert pipeline._sized(read([], num_workers=None)).num_workers == 0
+    assert "too little shared memory" in capsys.readouterr().err
+    with pytest.raises(UsageError, match=r"config\.data\.num_workers: 2 .*--shm-size"):
+        pipeline._sized(read([], num_workers=2))
+
+
 def test_evaluation_leaves_damaged_examples_out(capsys):
     batches = evaluate(damaged_source(3, 7), 4, 1, skip_errors=2)
     mask = np.concatenate([batch["mask"] for batch in batches])
@@ -367,6 +427,7 @@ def test_whole_split_is_loaded_as_it_is_trained_on():
     [
         (2, None, 0, (0, 2)),
         (8, None, 0, (0, 8)),
+        (15, None, 0, (0, 15)),
         (16, None, 0, (2, 8)),
         (96, None, 0, (12, 8)),
         (96, 0, 0, (0, 96)),
@@ -380,64 +441,3 @@ def test_processes_and_threads_fit_the_cores(
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(cores), raising=False)
     reader = pipeline._sized(read([], num_workers=num_workers, num_threads=num_threads))
     assert (reader.num_workers, reader.num_threads) == expected
-
-
-_ENDLESS = """
-import multiprocessing, sys, time
-from resjax.data import pipeline
-from resjax.data.datasets import DATASETS
-from resjax.data.recipes import RECIPES
-
-def main():
-    source = [{"image": bytes.fromhex(sys.argv[1]), "label": 0}]
-    reader = pipeline.Reader(DATASETS["digits"], source, 4, 1, num_workers=2)
-    batches = pipeline.train_batches(
-        reader, RECIPES["none"], seed=0, batch_size=2, start_step=0, num_steps=10**6
-    )
-    next(batches)
-    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
-    sys.stdin.read()
-
-
-if __name__ == "__main__":
-    main()
-"""
-
-
-def is_running(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc to look into")
-@pytest.mark.parametrize("end", ["exit", signal.SIGKILL, signal.SIGINT])
-def test_processes_end_with_the_run_and_quietly(end, tmp_path):
-    script = tmp_path / "endless.py"
-    script.write_text(_ENDLESS)
-    png = SOURCE[0]["image"].hex()
-    run = subprocess.Popen(
-        [sys.executable, script, png],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,  # so that the signal goes to its processes alone
-    )
-    pids = run.stdout.readline().split()
-    assert len(pids) == 2 and all(map(is_running, pids))
-    if end == signal.SIGINT:
-        os.killpg(run.pid, end)  # as Ctrl-C does
-    elif end != "exit":
-        run.send_signal(end)
-    _, err = run.communicate()
-    # Of a script that is interrupted, its own traceback alone.
-    assert err.count("Traceback") == (end == signal.SIGINT)
-    assert end == signal.SIGKILL or "leaked" not in err
-    deadline = time.monotonic() + 20
-    while any(map(is_running, pids)):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
