@@ -30,6 +30,12 @@ def test_every_file_and_test_named_is_there(page):
         assert f"def {test}(" in (ROOT / path).read_text()
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_number_is_still_to_be_filled_in(page):
+    prose = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(), flags=re.DOTALL)
+    assert not re.search(r"\b(TODO|FIXME|XXX)\b|\b[A-Z]+_[A-Z]+\b", prose)
+
+
 def test_every_model_named_is_there():
     families = README[
         README.index("| family | models |") : README.index("Shortcuts A, B, C")
