@@ -80,7 +80,7 @@ def test_any_minibatch_counts_the_same_on_one_device(command, workdir, by_ones, 
     assert_same(result, by_ones)
 
 
-@pytest.mark.parametrize("batch_size", [64, 7, 1])
+@pytest.mark.parametrize("batch_size", [64, 7, pytest.param(1, marks=pytest.mark.slow)])
 def test_any_minibatch_counts_the_same_on_eight_devices(evaluate_here, by_ones, batch_size):
     assert_same(evaluate_here(f"--batch_size={batch_size}"), by_ones)
 

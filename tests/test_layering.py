@@ -128,6 +128,6 @@ def test_import_is_no_slower_than_what_it_stands_on():
     # Processor time, in turns, the least of each: other work on the machine only adds.
     clock = "import time; import {}; print(time.process_time())"
     ours, peers = clock.format("resjax"), clock.format("jax, flax.linen, optax")
-    times = [(float(python(ours)), float(python(peers))) for _ in range(2)]
+    times = [(float(python(ours)), float(python(peers))) for _ in range(3)]
     our_time, peers_time = map(min, zip(*times, strict=True))
     assert our_time <= 1.25 * peers_time

@@ -134,6 +134,7 @@ def test_the_seed_decides_the_parameters(config):
         assert np.abs(ours - theirs).max() > 0.01
 
 
+@pytest.mark.slow
 def test_fields_that_cannot_change_the_numbers_may_differ(
     config, uninterrupted, data_dir, tmp_path
 ):

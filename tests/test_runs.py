@@ -84,6 +84,7 @@ def test_predictions_are_probabilities(elsewhere):
     np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_eight_devices_predict_as_one(run, elsewhere, digits):
     np.testing.assert_allclose(run.predict(digits[0]), elsewhere[0], rtol=1e-4, atol=1e-6)
 

@@ -139,7 +139,7 @@ def test_a_run_says_that_it_waits_for_data_only_if_it_waits_long(capsys):
     training.report_wait(36.6, "imagenet2012")
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("waiting for data 37 % of the time; ")
-    assert "--config.data.num_workers" in line and "--config.data.prefetch" in line
+    assert "--config.data.num_workers" in line
     assert "`python -m resjax.data imagenet2012 --shrink=512`" in line
 
 

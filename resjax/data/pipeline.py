@@ -227,10 +227,9 @@ def _join(parts: Iterable[HostBatch], local_size: int) -> HostBatch:
         batch["damaged"] |= part.pop("damaged")
         count = len(part["label"])
         for name, array in part.items():
-            whole = batch.setdefault(
-                name, np.empty((local_size, *array.shape[1:]), array.dtype)
-            )
-            whole[done : done + count] = array
+            if name not in batch:
+                batch[name] = np.empty((local_size, *array.shape[1:]), array.dtype)
+            batch[name][done : done + count] = array
         done += count
     return batch
 

@@ -132,7 +132,7 @@ def flips_and_places(seed, position):
     return jax.random.bernoulli(flip_key), jax.random.randint(shift_key, (2,), 0, 5)
 
 
-@pytest.mark.parametrize("colours", [{}, COLOURS])
+@pytest.mark.parametrize("colours", [pytest.param({}, marks=pytest.mark.slow), COLOURS])
 def test_flips_and_shifts_are_those_of_runs_before_there_were_colours(colours):
     images, places = noise(12), positions(12, start=1430)
     draw = jax.jit(jax.vmap(flips_and_places, (None, 0)))

@@ -83,6 +83,7 @@ def test_both_splits_are_the_whole_set(digits, examples):
     np.testing.assert_array_equal(np.bincount(labels), np.bincount(digits.target))
 
 
+@pytest.mark.slow
 def test_prepares_and_reads_without_tensorflow(tmp_path):
     code = (
         "import sys\n"

@@ -223,6 +223,7 @@ def test_bad_words_are_one_line(words, message, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_command_prepares_and_describes_digits(command, tmp_path):
     done = command("-m", "resjax.data", "digits", f"--data_dir={tmp_path}", cwd=ROOT)
     assert (done.returncode, done.stderr) == (0, "")

@@ -123,7 +123,7 @@ def test_threads_change_nothing(jpegs, num_threads):
     assert_same(train(many, CROPPED, num_steps=8), one)
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("num_workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_processes_change_nothing(jpegs, num_workers):
     options = {"start_step": 2, "num_steps": 9}
     here = train(jpegs, CROPPED, **options)
@@ -364,7 +364,10 @@ def test_errors_of_opencv_name_the_example():
         train(read(Broken(SOURCE)))
 
 
-@pytest.mark.parametrize(("num_workers", "prefetch"), [(0, 1), (0, 3), (1, 2)])
+@pytest.mark.parametrize(
+    ("num_workers", "prefetch"),
+    [(0, 1), (0, 3), pytest.param(1, 2, marks=pytest.mark.slow)],
+)
 def test_few_batches_exist_at_once(num_workers, prefetch, tmp_path):
     source = Logged(tmp_path, SOURCE)
     reader = read(source, num_workers=num_workers, prefetch=prefetch)

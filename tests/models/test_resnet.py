@@ -288,7 +288,7 @@ def assert_trees_close(actual, expected):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param("preact", marks=pytest.mark.slow), "residual"]
+    "name", [pytest.param(name, marks=pytest.mark.slow) for name in ("preact", "residual")]
 )
 def test_rematerialisation_takes_less_memory_and_changes_no_number(name):
     def run(remat):
