@@ -104,10 +104,8 @@ def test_an_update_is_sgd_on_the_mean_loss_of_the_minibatch(
     assert sums["num_examples"] == BATCH and state.step == 1
 
 
-@pytest.mark.parametrize(
-    "group, depth, microbatch",
-    [(0, 0.0, 0), pytest.param(4, 0.6, 4, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("group, depth, microbatch", [(0, 0.0, 0), (4, 0.6, 4)])
 def test_many_devices_train_as_one(group, depth, microbatch):
     batches = [random_batch(seed) for seed in range(3)]
     model = tiny_model(group, parallel.AXIS).clone(stochastic_depth=depth)

@@ -223,6 +223,7 @@ def test_parameters_that_are_not_finite_end_the_run_and_the_last_good_ones_are_k
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables))
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_the_run(command, tiny_config, tmp_path):
     flags = f"--config={tiny_config}", f"--workdir={tmp_path}", DIVERGES
     done = command("train.py", *flags)

@@ -448,10 +448,8 @@ DEEPER = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["preact", *(pytest.param(n, marks=pytest.mark.slow) for n in DEEPER if n != "preact")],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DEEPER)
 def test_blocks_added_with_zero_gamma_change_no_logit(name):
     """He et al. 2015, section 1: the solution by construction."""
     branch, options = DEEPER[name]
