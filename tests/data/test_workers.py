@@ -67,12 +67,13 @@ def test_process_that_ends_is_one_line():
 
 
 _ENDLESS = """
-import multiprocessing, sys, time
+import multiprocessing, signal, sys
 from resjax.data import pipeline
 from resjax.data.datasets import DATASETS
 from resjax.data.recipes import RECIPES
 
 def main():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
     source = [{"image": bytes.fromhex(sys.argv[1]), "label": 0}]
     reader = pipeline.Reader(DATASETS["digits"], source, 4, 1, num_workers=2)
     batches = pipeline.train_batches(
