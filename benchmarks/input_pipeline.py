@@ -73,7 +73,8 @@ def write_images(root: Path, count: int) -> float:
     """The same images as a tfds data set of TFRecords and as a folder; mean bytes."""
     import tensorflow_datasets as tfds
     from tensorboardX.record_writer import RecordWriter
-    from tensorflow_datasets.proto import tf_example_pb2
+
+    from resjax.data.sources import serialize
 
     names = [f"n{i:08}" for i in range(CLASSES)]
     for name in names:
@@ -84,15 +85,9 @@ def write_images(root: Path, count: int) -> float:
     for i in tqdm(range(count), desc="images", leave=False, disable=None):
         jpeg, label = photograph(i), i % CLASSES
         num_bytes += len(jpeg)
-        example = tf_example_pb2.Example()
-        example.features.feature["image"].bytes_list.value.append(jpeg)
-        example.features.feature["label"].int64_list.value.append(label)
-        writer.write(example.SerializeToString())
+        writer.write(serialize(jpeg, label))
         (root / "folder" / "train" / names[label] / f"{i:06}.jpg").write_bytes(jpeg)
     writer.close()
-    template = tfds.core.ShardedFileTemplate(
-        data_dir=tfrecords, dataset_name="imagenet2012", filetype_suffix="tfrecord"
-    )
     tfds.folder_dataset.write_metadata(
         data_dir=tfrecords,
         features=tfds.features.FeaturesDict(
@@ -106,7 +101,7 @@ def write_images(root: Path, count: int) -> float:
                 name="train",
                 shard_lengths=[count],
                 num_bytes=num_bytes,
-                filename_template=template.replace(split="train"),
+                filename_template=None,
             )
         ],
         check_data=False,
@@ -141,7 +136,7 @@ def opencv_batches(root: Path, cores: int) -> Batches:
     """The same where libjpeg-turbo 3 is not installed."""
     from resjax.data import jpeg
 
-    mock.patch.object(jpeg, "library", lambda: None).start()
+    mock.patch.object(jpeg, "turbojpeg", lambda: None).start()
     return resjax_batches(root, cores)
 
 

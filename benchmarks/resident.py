@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from resjax import build, loop
+from resjax import build, build_data, loop
 from resjax.config import (
     ArgumentParser,
     Config,
@@ -70,7 +70,7 @@ def start(config: Config, on_device: bool, steps_per_dispatch: int) -> Variant:
 
 def for_steps(config: Config, num_steps: int) -> Config:
     """The config with that many updates, and nothing to do beside them until the end."""
-    num_examples = build.build_run(config).num_examples
+    num_examples = len(build_data.build_source(config, "train"))
     epochs = num_steps * config.batch_size / num_examples
     return dataclasses.replace(config, num_epochs=epochs, eval_every_epochs=epochs)
 

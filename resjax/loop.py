@@ -13,7 +13,7 @@ from resjax.metrics import Sums, summarize
 from resjax.steps import TrainState
 
 Hook = Callable[[int, TrainState, Sums], None]
-TrainStep = Callable[[TrainState, Any], tuple[TrainState, Sums | tuple[Sums, ...]]]
+Dispatch = Callable[[TrainState, Any], tuple[TrainState, Sums | tuple[Sums, ...]]]
 _IN_FLIGHT = 2  # dispatches ahead of the devices; more only holds batches in memory
 
 
@@ -53,7 +53,7 @@ class Waits:
 
 
 def fit(
-    train_step: TrainStep,
+    train_step: Dispatch,
     state: TrainState,
     batches: Iterable[Any],
     hooks: Sequence[Hook],
@@ -97,7 +97,7 @@ def fit(
 
 
 def _dispatch(
-    train_step: TrainStep, state: TrainState, batch: Any, waits: Waits
+    train_step: Dispatch, state: TrainState, batch: Any, waits: Waits
 ) -> tuple[TrainState, tuple[Sums, ...]]:
     """The state and the sums of each update, after a float16 overflow at half the scale."""
     while True:

@@ -22,6 +22,12 @@ class DataError(UsageError):
     """An example is damaged; a run may be allowed to do without it."""
 
 
+def check_label(label: int, num_classes: int) -> None:
+    """Raises `DataError` if there is no such class."""
+    if not 0 <= label < num_classes:
+        raise DataError(f"its label is {label}; it must be from 0 to {num_classes - 1}")
+
+
 def decode(encoded: bytes, rotate: bool = False) -> np.ndarray:
     """Encoded image (JPEG, PNG, WebP, ...) to [H, W, 3] uint8 RGB.
 
@@ -81,16 +87,15 @@ def decode_window(
     if not header or not header.complete or (rotate and header.exif):
         image = decode(encoded, rotate)
         top, left, height, width = window(*image.shape[:2])
-        crop = image[top : top + height, left : left + width]
+        crop: np.ndarray | None = image[top : top + height, left : left + width]
     else:
         top, left, height, width = window(header.height, header.width)
         reduce = next((r for r in _REDUCED if min(height, width) >= r * size), 1)
         top, left, height, width = (n // reduce for n in (top, left, height, width))
-        part = jpeg.decode_window(encoded, top, left, height, width, reduce)
-        if part is None:
+        crop = jpeg.decode_window(encoded, top, left, height, width, reduce)
+        if crop is None:
             image = _decode_reduced(encoded, reduce)
-            part = image[top : top + height, left : left + width]
-        crop = part
+            crop = image[top : top + height, left : left + width]
     cv2.resize(crop, (size, size), dst=out, interpolation=cv2.INTER_LINEAR)
 
 

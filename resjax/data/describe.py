@@ -11,7 +11,7 @@ from etils import epath
 from tqdm import tqdm
 
 from resjax.data import jpeg
-from resjax.data.decode import DataError, decode
+from resjax.data.decode import DataError, check_label, decode
 from resjax.data.folder import FolderSource
 from resjax.data.sources import Source, TfdsSource
 from resjax.data.workers import in_order, num_cores
@@ -182,10 +182,11 @@ def _count(found: Description, facts: _Facts | str) -> str | None:
     found.image_bytes += facts.num_bytes
     found.heights += facts.height
     found.widths += facts.width
-    num_classes = len(found.class_counts)
-    if not 0 <= facts.label < num_classes:
+    try:
+        check_label(facts.label, len(found.class_counts))
+    except DataError as error:
         found.num_mislabelled += 1
-        return f"its label is {facts.label}; it must be from 0 to {num_classes - 1}"
+        return str(error)
     found.class_counts[facts.label] += 1
     return None
 

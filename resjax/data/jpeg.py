@@ -65,7 +65,7 @@ class _Fraction(ctypes.Structure):
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
+def turbojpeg() -> ctypes.CDLL | None:
     """libjpeg-turbo 3, of the system or of the package `turbojpeg`; None if absent."""
     paths = [ctypes.util.find_library("turbojpeg")]
     try:
@@ -120,7 +120,7 @@ def decode_window(
       [height, width, 3] uint8 RGB; None where libjpeg-turbo 3 is not installed or does not
       read the file to RGB.
     """
-    lib = library()
+    lib = turbojpeg()
     if lib is None:
         return None
     if not hasattr(_threads, "decoder"):

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from resjax.config import UsageError
 from resjax.data import order
 from resjax.data.datasets import Dataset
-from resjax.data.decode import DataError, decode, decode_window
+from resjax.data.decode import DataError, check_label, decode, decode_window
 from resjax.data.recipes import Recipe
 from resjax.data.workers import can_share, in_order, num_cores, processes
 
@@ -65,9 +65,7 @@ class Reader:
         try:
             example = self.source[index]
             label = int(example["label"])
-            if not 0 <= label < self.num_classes:
-                allowed = f"it must be from 0 to {self.num_classes - 1}"
-                raise DataError(f"its label is {label}; {allowed}")
+            check_label(label, self.num_classes)
             crop(example["image"], out)
             return label
         except (DataError, cv2.error, MemoryError) as error:

@@ -20,7 +20,6 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import (  # type: ignore[import-untyped]
     ArrayRecordWriter,
 )
-from tensorflow_datasets.proto import tf_example_pb2
 
 from resjax.config import UsageError
 from resjax.data import crops, decode, jpeg, order, sources
@@ -146,13 +145,10 @@ def _write_shards(
         path = f"{prefix}.array_record-{shard:05}-of-{len(counts):05}"
         writer = ArrayRecordWriter(path, "group_size:1")  # as tfds does, to read at random
         for _, encoded, label, reencoded in itertools.islice(examples, count):
-            record = tf_example_pb2.Example()
-            record.features.feature["image"].bytes_list.value.append(encoded)
-            record.features.feature["label"].int64_list.value.append(label)
-            serialized = record.SerializeToString()
-            writer.write(serialized)
+            record = sources.serialize(encoded, label)
+            writer.write(record)
             num_reencoded += reencoded
-            num_bytes += len(serialized)
+            num_bytes += len(record)
         writer.close()
     return num_reencoded, num_bytes
 

@@ -26,14 +26,13 @@ from resjax.config import UsageError, unknown_name
 from resjax.data.datasets import get_dataset
 from resjax.data.decode import DataError
 from resjax.data.folder import open_folder
-from resjax.data.tfrecord import TFRecords, open_tfrecords
+from resjax.data.tfrecord import DISK_THREADS, TFRecords, open_tfrecords
 
 Example = Mapping[str, Any]  # {"image": encoded bytes, "label": int, ...}
 
 _DEFAULT_DIR = Path("~/tensorflow_datasets")
 _FORMATS = ("array_record", "tfrecord")  # that can be read at random, the better one first
 _TRIED = 100  # records at which a whole one is looked for
-_THREADS = 16  # shards looked at at once: most of it is waiting for the disk
 
 
 class Source(Protocol):
@@ -110,6 +109,14 @@ class TfdsSource:
         shard = self._shard(index)
         first = self.ends[shard - 1] if shard else 0
         return f"{Path(self.shards[shard]).name}, record {index - first}"
+
+
+def serialize(encoded: bytes, label: int) -> bytes:
+    """A record of an encoded image and its label."""
+    example = tf_example_pb2.Example()
+    example.features.feature["image"].bytes_list.value.append(encoded)
+    example.features.feature["label"].int64_list.value.append(label)
+    return example.SerializeToString()
 
 
 def _parse(record: bytes) -> Example:
@@ -278,7 +285,7 @@ def _open_array_records(
     builder: tfds.core.DatasetBuilder, split: str, shards: list[str], counts: list[int]
 ) -> Any:
     """The records of a split by index; raises `UsageError` for a shard that is cut off."""
-    with ThreadPoolExecutor(_THREADS) as threads:
+    with ThreadPoolExecutor(DISK_THREADS) as threads:
         found = list(threads.map(_count_records, shards))
     for path, number, count in zip(shards, found, counts, strict=True):
         if number != count:
@@ -294,7 +301,7 @@ def _open_tfds(name: str, data_dir: str | None, split: str) -> TfdsSource:
         raise unknown_name("split", split, builder.info.splits)
     shards = [str(path) for path in builder.info.splits[split].filepaths]
     counts = list(builder.info.splits[split].shard_lengths)
-    with ThreadPoolExecutor(_THREADS) as threads:
+    with ThreadPoolExecutor(DISK_THREADS) as threads:
         there = list(threads.map(lambda path: epath.Path(path).exists(), shards))
     if not all(there):
         raise UsageError(

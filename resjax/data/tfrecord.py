@@ -22,7 +22,7 @@ from resjax.config import UsageError
 
 _HEAD, _FRAME = 12, 16  # bytes before a record, and around it
 _SAMPLE = 8  # records of a shard, at most, whose data are checked when it is indexed
-_THREADS = 16  # shards indexed at once: most of it is waiting for the disk
+DISK_THREADS = 16  # files looked at at once: most of it is waiting for the disk
 
 
 def masked_crc32c(data: bytes) -> int:
@@ -126,14 +126,18 @@ def _index_shard(path: str, count: int) -> np.ndarray:
     return lengths
 
 
+def _split(paths: list[str]) -> Path:
+    """Its shards without their numbers, FOLDER/NAME-SPLIT.tfrecord."""
+    first = Path(paths[0])
+    return first.with_name(first.name.rsplit("-", 3)[0])
+
+
 def _build(paths: list[str], counts: list[int]) -> np.ndarray:
     """The lengths of all records, [sum of counts] int64."""
-    first = Path(paths[0])
-    name = first.name.rsplit("-", 3)[0]
-    print(f"data: indexing {len(paths):,} shards of {first.parent}/{name}", file=sys.stderr)
+    print(f"data: indexing {len(paths):,} shards of {_split(paths)}", file=sys.stderr)
     # disable=None: no bar if standard error is no terminal.
     bar = tqdm(total=len(paths), desc="index", unit="shard", disable=None, leave=False)
-    with bar, ThreadPoolExecutor(_THREADS) as threads:
+    with bar, ThreadPoolExecutor(DISK_THREADS) as threads:
         lengths = []
         for shard in threads.map(_index_shard, paths, counts):
             lengths.append(shard)
@@ -179,8 +183,8 @@ def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 def index_paths(paths: list[str]) -> tuple[Path, Path]:
     """Where the index of these shards may be: beside them, or in the user's cache."""
-    first = Path(paths[0]).absolute()
-    beside = first.with_name(first.name.rsplit("-", 3)[0] + ".index.npz")
+    split = _split(paths).absolute()
+    beside = split.with_name(split.name + ".index.npz")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     digest = hashlib.sha256(str(beside).encode()).hexdigest()[:16]
     return beside, cache / "resjax" / f"{digest}-{beside.name}"

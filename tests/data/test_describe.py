@@ -1,4 +1,4 @@
-"""Reading a whole split: in order, in constant memory; what it says is in test_main.py."""
+"""Reading a whole split: in order, in constant memory; what it says: test___main__.py."""
 
 import cv2
 import numpy as np

@@ -21,7 +21,7 @@ FLAGS = {
     8: cv2.IMREAD_REDUCED_COLOR_8,
 }
 needs_library = pytest.mark.skipif(
-    jpeg.library() is None, reason="libjpeg-turbo 3 is not installed"
+    jpeg.turbojpeg() is None, reason="libjpeg-turbo 3 is not installed"
 )
 
 
@@ -66,8 +66,8 @@ def test_damaged_files_give_what_opencv_gives(monkeypatch):
         for at in rng.randint(700, len(damaged) - 2, 3):
             damaged[at] = rng.randint(256)
         results = []
-        for library in (jpeg.library(), None):
-            monkeypatch.setattr(jpeg, "library", lambda found=library: found)
+        for library in (jpeg.turbojpeg(), None):
+            monkeypatch.setattr(jpeg, "turbojpeg", lambda found=library: found)
             out = np.zeros((16, 16, 3), np.uint8)
             try:
                 decode.decode_window(bytes(damaged), lambda h, w: (9, 17, 30, 40), out)
@@ -84,7 +84,7 @@ def test_without_the_library_windows_are_the_same(monkeypatch):
         crops = []
         for missing in (False, True):
             if missing:
-                monkeypatch.setattr(jpeg, "library", lambda: None)
+                monkeypatch.setattr(jpeg, "turbojpeg", lambda: None)
             out = np.zeros((16, 16, 3), np.uint8)
             decode.decode_window(encoded, lambda h, w, window=window: window, out)
             crops.append(out)
