@@ -10,11 +10,20 @@ from resjax import config as configs
 from resjax import hosts, runs
 
 
+def _step(text: str) -> int | str:
+    return text if text == "best" else int(text)
+
+
 def main(args: list[str]) -> int:
     """Runs the command; returns its exit code."""
     parser = configs.ArgumentParser(prog="eval.py", description=__doc__)
     parser.add_argument("--workdir", metavar="DIR", required=True, help="of the run")
-    parser.add_argument("--step", type=int, metavar="N", help="checkpoint; the latest")
+    parser.add_argument(
+        "--step",
+        type=_step,
+        metavar="N|best",
+        help="checkpoint; the latest (default), or that which evaluated best in training",
+    )
     parser.add_argument("--split", default="test", help="test (default) or train")
     parser.add_argument(
         "--batch_size", type=int, metavar="N", help="any number (default: as in training)"

@@ -5,7 +5,7 @@ from several fields (peak learning rate, steps) are computed here, after all ove
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -36,14 +36,15 @@ class Run:
       eval_step: (variables, batch) -> sums, on all devices.
       train_batches: (start_step, wants_stop) -> what train_step takes, from that update
         to the end; the batches of several hosts tell each other when wants_stop().
-      eval_batches: () -> the sharded batches of the test split, each example once.
+      eval_batches: (wants_stop) -> the sharded batches of the test split, each example
+        once; they tell of wants_stop() as those of the training do.
       num_steps: updates of the whole run.
       eval_steps: updates after which the run is evaluated.
-      save_due: whether a checkpoint is written after that update.
+      save_due: whether a checkpoint is written after that update, whatever it is worth.
       num_examples: of the training split.
       learning_rates: of every update, [num_steps] float32.
       derived: what was computed from several fields, to be shown and stored.
-      class_names: of the labels, in order.
+      record: what a checkpoint says of all this.
       num_damaged: () -> training examples that were left out so far.
     """
 
@@ -51,14 +52,14 @@ class Run:
     train_step: Callable[[TrainState, Any], tuple[TrainState, Any]]
     eval_step: Callable[[Any, Batch], Any]
     train_batches: Callable[..., Iterator[Any]]
-    eval_batches: Callable[[], Iterable[Batch]]
+    eval_batches: Callable[..., Iterable[Batch]]
     num_steps: int
     eval_steps: frozenset[int]
     save_due: Callable[[int], bool]
     num_examples: int
     learning_rates: np.ndarray
     derived: dict[str, Any]
-    class_names: list[str]
+    record: dict[str, Any]
     num_damaged: Callable[[], int]
 
 
@@ -68,15 +69,32 @@ def build_model(config: Config, axis_name: str | None = None) -> nn.Module:
     Raises:
       UsageError: an unknown model.
     """
+    return make_model(describe_model(config), axis_name)
+
+
+def describe_model(config: Config) -> dict[str, Any]:
+    """What `make_model` needs, in JSON, so that a checkpoint can hold it."""
     group = config.norm.virtual_batch_size
     if group == config.batch_size:
         group = 0  # the same examples, however many devices hold them
+    return {
+        "name": config.model,
+        "num_classes": config.num_classes,
+        "dtype": config.dtype,
+        "virtual_batch_size": group,
+        "options": model_options(config),
+    }
+
+
+def make_model(described: dict[str, Any], axis_name: str | None = None) -> nn.Module:
+    """The model of `describe_model`."""
+    group = described["virtual_batch_size"]
     return create_model(
-        config.model,
-        num_classes=config.num_classes,
-        dtype=jnp.dtype(config.dtype),
+        described["name"],
+        num_classes=described["num_classes"],
+        dtype=jnp.dtype(described["dtype"]),
         norm=partial(BatchNorm, virtual_batch_size=group, axis_name=axis_name),
-        **model_options(config),
+        **described["options"],
     )
 
 
@@ -212,6 +230,26 @@ def build_save_due(
     return save_due
 
 
+def build_keep(
+    config: Config, best_step: Callable[[Sequence[int]], int | None]
+) -> Callable[[Sequence[int]], set[int]]:
+    """Of the steps that have checkpoints, in order, those that keep them.
+
+    Args:
+      config: of the run.
+      best_step: steps -> the best of them; None if that is not known.
+    """
+    every = config.checkpoint.keep_every_steps
+
+    def choose(steps: Sequence[int]) -> set[int]:
+        latest = set(steps[-config.checkpoint.keep :])
+        multiples = {step for step in steps if every and step % every == 0}
+        best = {step for step in steps if step == best_step(steps)}
+        return latest | multiples | best
+
+    return choose
+
+
 def build_optimizer(
     config: Config, schedule: schedules.Schedule
 ) -> optax.GradientTransformation:
@@ -224,7 +262,7 @@ def build_optimizer(
 
 def build_evaluation(
     config: Config, split: str, batch_size: int, keep: bool = False
-) -> tuple[Callable[[Any, Batch], Any], Callable[[], Iterable[Batch]]]:
+) -> tuple[Callable[[Any, Batch], Any], Callable[..., Iterable[Batch]]]:
     """The eval step on all devices, and a function that starts the batches of a split.
 
     Args:
@@ -249,14 +287,27 @@ def build_evaluation(
     run_step = parallel.run_on_devices(step, config.parallel)
     kept: list[Batch] = []
 
-    def start() -> Iterable[Batch]:
+    def start(wants_stop: Callable[[], bool] = lambda: False) -> Iterable[Batch]:
         if not (keep and build_data.is_small(config, len(source))):
-            return parallel.prefetch(batches())
+            return parallel.prefetch(build_data.with_stop(batches(), wants_stop))
         if not kept:
             kept.extend(parallel.prefetch(batches()))
         return kept
 
     return run_step, start
+
+
+def build_record(
+    config: Config, derived: dict[str, Any], class_names: list[str]
+) -> dict[str, Any]:
+    """What makes a checkpoint say what it is."""
+    return {
+        "config": dataclasses.asdict(config),
+        "derived": derived,
+        "class_names": class_names,
+        "model": describe_model(config),
+        "preprocess": build_data.describe_preprocess(config),
+    }
 
 
 def build_run(config: Config) -> Run:
@@ -316,6 +367,6 @@ def build_run(config: Config) -> Run:
         num_examples=len(source),
         learning_rates=np.asarray(rates),
         derived=derived,
-        class_names=source.class_names,
+        record=build_record(config, derived, source.class_names),
         num_damaged=lambda: len(reader.damaged),
     )

@@ -1,7 +1,7 @@
 """Config -> the data of a run: source, crops, augmentation, batches; one `build_*` each."""
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -111,19 +111,36 @@ def build_transforms(config: Config) -> tuple[steps.Transform, steps.Transform]:
     return train, evaluation
 
 
-def build_preprocess(config: Config) -> Callable[[Any], np.ndarray]:
+def describe_preprocess(config: Config) -> dict[str, Any]:
+    """What `make_preprocess` needs, in JSON, so that a checkpoint can hold it."""
+    from resjax.data.datasets import get_dataset
+
+    dataset = get_dataset(config.data.name)
+    return {
+        "crop": dataset.eval_crop.__name__,
+        "image_size": config.data.image_size,
+        "mean": list(dataset.mean),
+        "std": list(dataset.std),
+        "rotates": dataset.rotates,
+    }
+
+
+def make_preprocess(described: dict[str, Any]) -> Callable[[Any], np.ndarray]:
     """Images of any size, uint8 arrays or PIL -> [B, S, S, 3] float32, as in evaluation.
 
     The function takes an image or a sequence or array of images, each [H, W, 3], [H, W, 1],
     [H, W] (grey) or PIL; it raises `UsageError` for anything else. An array of three axes
     is one image if the last holds at most 4 channels, else a batch [B, H, W] of grey ones.
     """
-    from resjax.data import augment
-    from resjax.data.datasets import get_dataset
+    from resjax.data import augment, decode
 
-    dataset, size = get_dataset(config.data.name), config.data.image_size
+    size, mean, std = (described[name] for name in ("image_size", "mean", "std"))
 
     def to_rgb(image: Any) -> np.ndarray:
+        if described["rotates"] and hasattr(image, "getexif"):
+            from PIL import ImageOps
+
+            image = ImageOps.exif_transpose(image)
         array = np.asarray(image.convert("RGB") if hasattr(image, "convert") else image)
         if array.ndim == 2:
             array = array[:, :, None]
@@ -142,10 +159,11 @@ def build_preprocess(config: Config) -> Callable[[Any], np.ndarray]:
         one_array = len(shape) == 2 or (len(shape) == 3 and shape[-1] <= 4)
         single = hasattr(images, "convert") or one_array
         images = [images] if single else images
-        crops = [dataset.eval_crop(to_rgb(image), size) for image in images]
+        crop = decode.get_eval_crop(described["crop"])
+        crops = [crop(to_rgb(image), size) for image in images]
         if not crops:
             raise UsageError("image: an empty list; give at least one image")
-        return np.asarray(augment.normalize(np.stack(crops), dataset.mean, dataset.std))
+        return np.asarray(augment.normalize(np.stack(crops), mean, std))
 
     return preprocess
 
@@ -192,6 +210,16 @@ def build_steps_per_dispatch(config: Config, on_device: bool) -> int:
     return asked or (1 if jax.default_backend() == "cpu" else 8)
 
 
+def with_stop(batches: Iterable[Any], wants_stop: Callable[[], bool]) -> Iterable[Any]:
+    """The batches; those of several processes say whether this one wants to stop."""
+    if jax.process_count() == 1:
+        return batches
+    return (
+        {**batch, "stop": np.full(len(batch["label"]), wants_stop(), np.int32)}
+        for batch in batches
+    )
+
+
 def build_streamed(
     config: Config, reader: Any, train_step: steps.TrainStep, num_steps: int
 ) -> tuple[Callable, Callable[..., Iterator[Any]]]:
@@ -211,12 +239,7 @@ def build_streamed(
             host=jax.process_index(),
             num_hosts=jax.process_count(),
         )
-        if jax.process_count() > 1:
-            batches = (
-                {**batch, "stop": np.full(len(batch["label"]), wants_stop(), np.int32)}
-                for batch in batches
-            )
-        return parallel.prefetch(batches)
+        return parallel.prefetch(with_stop(batches, wants_stop))
 
     run_step = parallel.run_on_devices(train_step, config.parallel, donate_state=True)
     return run_step, train_batches

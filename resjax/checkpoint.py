@@ -1,131 +1,254 @@
-"""Checkpoints of a run: orbax directories `checkpoints/<step>/` in the workdir.
+"""Checkpoints of a run: what `checkpoints/<step>/state/` in the workdir holds.
 
-Each holds `variables` (params and batch_stats), `optimizer` (step and buffers) and
-`record` (JSON: the resolved config, what was derived from it, class names). Who wants the
-variables needs to know nothing of the optimizer or the data.
+`variables.safetensors` has params and batch_stats, `optimizer.safetensors` the step and the
+buffers, and `record.json` says what they are: config, model, class names, preprocessing,
+versions, and of each array shape, type and CRC, which is verified when it is read. Each
+process reads by itself, on any devices. `checkpoint_writer.py` writes them.
 """
 
-import contextlib
-from collections.abc import Iterator
+import dataclasses
+import json
+import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
+import numpy as np
 from etils import epath
-from jax.sharding import Sharding
+from safetensors import numpy as safetensors
 
 from resjax.config import UsageError
-from resjax.loss_scale import all_finite
+
+FORMAT = 2  # 1: arrays as orbax writes them, and neither digests nor model in the record
+ITEMS = ("variables", "optimizer")
+
+Arrays = dict[str, np.ndarray]  # by path, such as params/stem/conv/kernel
 
 
-@contextlib.contextmanager
-def open_checkpoints(
-    workdir: epath.Path, keep: int | None = None
-) -> Iterator[ocp.CheckpointManager]:
-    """The checkpoints of a workdir; on leaving, waits until all are written.
+class DamagedError(UsageError):
+    """A checkpoint that cannot be read, or does not hold what was saved."""
 
-    After an error in one of several processes it does not: the others may be gone.
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """What was saved after a step.
+
+    Attributes:
+      step: updates finished.
+      record: what `record.json` says.
+      arrays: {"variables", "optimizer"}, or those that were asked for.
+    """
+
+    step: int
+    record: dict[str, Any]
+    arrays: dict[str, Arrays]
+
+
+# --- trees and arrays ---------------------------------------------------------------
+
+
+def to_arrays(tree: Any) -> Arrays:
+    """Copies of the arrays of a replicated tree, on the host, by their paths."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+
+    def local(leaf: Any) -> Any:  # of an array of several processes, the copy of this one
+        return leaf.addressable_data(0) if isinstance(leaf, jax.Array) else leaf
+
+    return {_name(path): np.array(local(leaf), order="C") for path, leaf in leaves}
+
+
+def to_tree(arrays: Arrays, like: Any) -> Any:
+    """The tree of `arrays` that has the structure, shapes and types of `like`.
+
+    Raises:
+      UsageError: the arrays are others; it names one.
+    """
+    leaves, structure = jax.tree_util.tree_flatten_with_path(like)
+    wanted = {_name(path): leaf for path, leaf in leaves}
+    if set(arrays) != set(wanted):
+        (name, *_) = odd = sorted(set(arrays) ^ set(wanted))
+        said = "missing" if name in wanted else "unknown"
+        raise UsageError(f"{name} is {said} (of {len(odd)} such arrays)")
+    for name, leaf in wanted.items():
+        if (arrays[name].shape, arrays[name].dtype) != (leaf.shape, leaf.dtype):
+            raise UsageError(
+                f"{name} is {arrays[name].dtype} {list(arrays[name].shape)}, not "
+                f"{leaf.dtype} {list(leaf.shape)}"
+            )
+    return jax.tree.unflatten(structure, [arrays[name] for name in wanted])
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+# --- files --------------------------------------------------------------------------
+
+
+def to_files(record: dict[str, Any], arrays: dict[str, Arrays]) -> dict[str, bytes]:
+    """The files of a checkpoint by their names; `record` gains what `from_files` checks."""
+    described = {item: _describe(arrays[item]) for item in ITEMS}
+    record = {"format": FORMAT, **record, "arrays": described}
+    record = {"digest": _digest(record), **record}
+    files = {f"{item}.safetensors": safetensors.save(arrays[item]) for item in ITEMS}
+    return files | {"record.json": (json.dumps(record, indent=1) + "\n").encode()}
+
+
+def _describe(arrays: Arrays) -> dict[str, Any]:
+    return {
+        name: {
+            "shape": list(array.shape),
+            "dtype": str(array.dtype),
+            "crc32": zlib.crc32(np.ravel(array).data),
+        }
+        for name, array in sorted(arrays.items())
+    }
+
+
+def _digest(record: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(record, sort_keys=True).encode())
+
+
+def read_directory(path: epath.Path, items: Sequence[str] = ITEMS) -> Checkpoint:
+    """Reads the checkpoint in a directory and verifies it.
 
     Args:
-      workdir: of the run; `checkpoints/` is made in it at the first save.
-      keep: how many of the latest are kept; None = opened only to read.
+      path: `checkpoints/<step>`, or a copy of it.
+      items: of `ITEMS`, those wanted.
+
+    Raises:
+      DamagedError: a file is missing, cut off or changed.
+      UsageError: it is of a newer format.
     """
-    writes = keep is not None
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep, create=writes, cleanup_tmp_directories=writes
-    )
-    manager = ocp.CheckpointManager(
-        (workdir / "checkpoints").resolve(),
-        options=options,
-        item_names=("variables", "optimizer", "record"),
-    )
     try:
-        yield manager
-    except BaseException:
-        if jax.process_count() == 1:
-            manager.close()
+        if (path / "record").is_dir():
+            return _read_format_1(path, items)
+        record = json.loads((path / "state" / "record.json").read_text())
+        if _digest({k: v for k, v in record.items() if k != "digest"}) != record["digest"]:
+            raise DamagedError(f"{path} is damaged: record.json does not match its digest")
+        if record["format"] > FORMAT:
+            raise UsageError(
+                f"{path} is of format {record['format']}, and this version of resjax reads "
+                f"formats up to {FORMAT}; a newer version opens it"
+            )
+        arrays = {
+            item: safetensors.load((path / "state" / f"{item}.safetensors").read_bytes())
+            for item in items
+        }
+    except UsageError:
         raise
-    manager.close()
+    except Exception as error:  # of many kinds
+        text = " ".join(str(error).split())[:200]
+        raise DamagedError(f"{path} is damaged: {type(error).__name__}: {text}") from error
+    for item in items:
+        found, saved = _describe(arrays[item]), record["arrays"][item]
+        for name in sorted(set(found) | set(saved)):
+            if found.get(name) != saved.get(name):
+                raise DamagedError(f"{path} is damaged: {item}: {name} is not as saved")
+    return Checkpoint(record["step"], record, arrays)
 
 
-def save(
-    manager: ocp.CheckpointManager,
-    step: int,
-    variables: Any,
-    optimizer: Any,
-    record: dict[str, Any],
-) -> None:
-    """Writes a checkpoint in the background; the arrays may be reused when this returns.
+def _read_format_1(path: epath.Path, items: Sequence[str]) -> Checkpoint:
+    import orbax.checkpoint as ocp
+
+    record = json.loads((path / "record" / "metadata").read_text())
+    arrays = {}
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        for item in items:
+            tree = reader.metadata(path / item).item_metadata.tree
+            as_numpy = jax.tree.map(
+                lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree
+            )
+            args = ocp.args.PyTreeRestore(restore_args=as_numpy)
+            arrays[item] = to_arrays(reader.restore(path / item, args=args))
+    return Checkpoint(int(path.name), {"format": 1, **record}, arrays)
+
+
+# --- workdirs -----------------------------------------------------------------------
+
+
+def directory(workdir: epath.Path, step: int) -> epath.Path:
+    """Where a workdir has the checkpoint of a step."""
+    return workdir / "checkpoints" / str(step)
+
+
+def list_steps(workdir: epath.Path) -> list[int]:
+    """The steps of which a workdir has checkpoints, also damaged ones, in order."""
+    folder = workdir / "checkpoints"
+    if not folder.is_dir():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+
+
+def read_latest(
+    workdir: epath.Path, items: Sequence[str] = ITEMS
+) -> tuple[Checkpoint | None, dict[int, DamagedError]]:
+    """The newest checkpoint that is whole, and what is wrong with newer ones, by step.
+
+    There is none in a workdir without any checkpoint.
 
     Raises:
-      FloatingPointError: a variable that is not finite; nothing is written.
+      UsageError: all are damaged.
     """
-    if not jax.jit(all_finite)(variables):
-        raise FloatingPointError(f"the parameters are not finite after step {step}")
-    manager.save(
-        step,
-        args=ocp.args.Composite(
-            variables=ocp.args.StandardSave(variables),
-            optimizer=ocp.args.StandardSave(optimizer),
-            record=ocp.args.JsonSave(record),
-        ),
-    )
+    damaged: dict[int, DamagedError] = {}
+    for step in reversed(list_steps(workdir)):
+        try:
+            return read_directory(directory(workdir, step), items), damaged
+        except DamagedError as error:
+            damaged[step] = error
+    if damaged:
+        newest, *others = damaged.values()
+        raise UsageError(f"{newest}; so are the other {len(others)} of {workdir}")
+    return None, {}
 
 
-def pick_step(manager: ocp.CheckpointManager, step: int | None) -> int:
-    """`step`, or the latest if None.
-
-    Raises:
-      UsageError: there is no such checkpoint; it lists what is there.
-    """
-    steps = sorted(manager.all_steps())
-    if not steps:
-        raise UsageError(f"there is no checkpoint in {manager.directory}")
-    if step is not None and step not in steps:
-        raise UsageError(
-            f"there is no checkpoint of step {step} in {manager.directory}; "
-            f"there are {steps}"
-        )
-    return steps[-1] if step is None else step
-
-
-def restore_record(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    """The JSON record of a checkpoint; raises `UsageError` if it cannot be read."""
-    return _restore(manager, step, record=ocp.args.JsonRestore())["record"]
-
-
-def restore_arrays(manager: ocp.CheckpointManager, step: int, **like: Any) -> Any:
-    """The items of a checkpoint that `like` names, `variables` or `optimizer`.
+def read(
+    path: epath.Path, step: int | None = None, items: Sequence[str] = ITEMS
+) -> tuple[Checkpoint, dict[int, DamagedError]]:
+    """A checkpoint; and if it was to be the latest, what is wrong with newer ones, by step.
 
     Args:
-      manager: from `open_checkpoints`.
-      step: of the checkpoint.
-      **like: for each item, its tree with the shapes, dtypes and shardings wanted.
-
-    Returns:
-      {name: tree of arrays}.
+      path: a workdir, or a checkpoint in one.
+      step: None = the latest that is not damaged.
+      items: of `ITEMS`, those wanted.
 
     Raises:
-      UsageError: the checkpoint cannot be read, or does not fit `like`.
+      UsageError: no such folder, run or checkpoint, with what is there; or it is damaged.
     """
-    args = {name: ocp.args.StandardRestore(tree) for name, tree in like.items()}
-    return _restore(manager, step, **args)
-
-
-def _restore(manager: ocp.CheckpointManager, step: int, **args: Any) -> Any:
-    try:
-        return manager.restore(step, args=ocp.args.Composite(**args))
-    except Exception as error:  # of many kinds: missing, cut off or foreign files
-        others = sorted(set(manager.all_steps()) - {step})
-        text = " ".join(str(error).split())[:200]
+    if any((path / name).is_dir() for name in ("state", "record")):
+        if step is not None:
+            raise UsageError(
+                f"step: {step}, but {path} is one checkpoint; give its workdir"
+            )
+        return read_directory(path, items), {}
+    check_is_run(path)
+    steps = list_steps(path)
+    if not steps:
+        raise UsageError(f"there is no checkpoint in {path / 'checkpoints'}")
+    if step is None:
+        latest, damaged = read_latest(path, items)
+        assert latest
+        return latest, damaged
+    if step not in steps:
         raise UsageError(
-            f"the checkpoint of step {step} in {manager.directory} cannot be read "
-            f"({type(error).__name__}: {text}); other steps there: {others}"
-        ) from error
+            f"there is no checkpoint of step {step} in {path}, only of {steps}"
+        )
+    try:
+        return read_directory(directory(path, step), items), {}
+    except DamagedError as error:
+        others = [other for other in steps if other != step]
+        raise DamagedError(f"{error}; other steps there: {others}") from error
 
 
-def abstract(tree: Any, sharding: Sharding) -> Any:
-    """Shapes, dtypes and one sharding for all arrays of a tree, to restore like."""
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
-    )
+def check_is_run(workdir: epath.Path) -> None:
+    """Raises `UsageError` if there is no run; it lists what is there."""
+    if not workdir.is_dir():
+        near = (
+            sorted(path.name for path in workdir.parent.iterdir())
+            if workdir.parent.is_dir()
+            else []
+        )
+        raise UsageError(f"there is no directory {workdir}; beside it there are {near}")
+    if not (workdir / "checkpoints").is_dir():
+        there = sorted(path.name for path in workdir.iterdir())
+        raise UsageError(f"{workdir} has no checkpoints; it holds {there[:10]}")

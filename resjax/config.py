@@ -102,7 +102,10 @@ class CheckpointConfig:
     """When checkpoints are written and how many are kept."""
 
     every_steps: int = _not_negative(0)  # 0 = at every evaluation
-    keep: int = _positive(2)
+    keep: int = _positive(2)  # the latest
+    keep_every_steps: int = _not_negative(0)  # and those of all its multiples; 0 = none
+    # And the best by this number of the test split.
+    best_metric: Literal["top1", "top5", "loss", "none"] = "top1"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +119,9 @@ class Config:
     num_classes: int = _positive(10)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the computation
     init: str = "msra_fan_out"
+    init_from: str | None = (
+        None  # a workdir or checkpoint whose weights the run starts from
+    )
     norm: NormConfig = NormConfig()
 
     batch_size: int = _positive(128)  # the global minibatch, kn
@@ -157,6 +163,8 @@ FREE_FIELDS = (
     "data.prefetch",
     "checkpoint.every_steps",
     "checkpoint.keep",
+    "checkpoint.keep_every_steps",
+    "checkpoint.best_metric",
 )
 
 # --- values -> Config ---------------------------------------------------------------
@@ -291,8 +299,12 @@ def validate(config: Config) -> Config:
     return config
 
 
-def from_dict(nested: dict[str, Any]) -> Config:
+def from_dict(nested: dict[str, Any], ignore_unknown: bool = False) -> Config:
     """The config that `dataclasses.asdict` wrote, validated.
+
+    Args:
+      nested: sections in a dict of their own.
+      ignore_unknown: leave out fields of another version.
 
     Raises:
       UsageError: an unknown name, a value of a wrong type or outside its range.
@@ -305,6 +317,8 @@ def from_dict(nested: dict[str, Any]) -> Config:
             flat |= {f"{name}.{inner}": v for inner, v in value.items()}
         else:
             flat[name] = value
+    if ignore_unknown:
+        flat = {name: value for name, value in flat.items() if name in fields()}
     return validate(unflatten(flat))
 
 

@@ -31,23 +31,21 @@ def write_checkpoint(
     Raises:
       UsageError: the workdir holds something, or cannot be written.
     """
-    from resjax import checkpoint
+    from resjax import checkpoint_writer
 
     config = configs.validate(config)
     workdir = check_empty(workdir)
-    record = {
-        "config": dataclasses.asdict(config),
-        "derived": {"num_steps": 0},  # a run that is finished
-        "class_names": build_data.build_class_names(config),
-    }
+    finished = {"num_steps": 0}
+    names = build_data.build_class_names(config)
+    record = build.build_record(config, finished, names)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         records.write_json(workdir / "config.json", record["config"])
     except OSError as error:
         raise UsageError(f"--workdir: {workdir} cannot be written: {error}") from error
-    with checkpoint.open_checkpoints(workdir, keep=1) as checkpoints:
+    with checkpoint_writer.open_writer(workdir, keep=set) as writer:
         optimizer = {"step": np.int32(0)}  # no buffers: nobody resumes it
-        checkpoint.save(checkpoints, 0, variables, optimizer, record)
+        checkpoint_writer.save(writer, 0, variables, optimizer, record)
 
 
 def check_empty(workdir: str | epath.Path) -> epath.Path:

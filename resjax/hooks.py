@@ -6,7 +6,6 @@ A hook is called as hook(step, state, sums) after every update, see `loop.fit`.
 import contextlib
 import dataclasses
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,7 +16,7 @@ from tqdm import tqdm
 
 from resjax import hosts
 from resjax.loop import Hook, Waits
-from resjax.metrics import Sums, summarize
+from resjax.metrics import Sums, add_up, summarize
 from resjax.records import Record
 from resjax.steps import TrainState
 
@@ -35,6 +34,7 @@ class TrainLog:
       learning_rates: of every step of the run, [num_steps].
       images_per_step: the global minibatch.
       waits: of the loop that calls the hook.
+      window: sums of the steps since the last record, of a run that goes on.
       latest: the last record written.
     """
 
@@ -44,9 +44,9 @@ class TrainLog:
     learning_rates: np.ndarray
     images_per_step: int
     waits: Waits = dataclasses.field(default_factory=Waits)
+    window: dict[str, float] = dataclasses.field(default_factory=dict)
     latest: Record = dataclasses.field(default_factory=dict)
     _waiting: list[tuple[int, Sums]] = dataclasses.field(default_factory=list)
-    _window: list[Sums] = dataclasses.field(default_factory=list)
     _state: TrainState | None = None  # after the last dispatch
     _since: np.ndarray | None = None  # the last `_clock`; None before the first dispatch
     # Seconds passed and seconds waited for data, without pauses: of the window, and of
@@ -105,7 +105,7 @@ class TrainLog:
                 raise FloatingPointError(
                     f"the loss is {sums['loss']} at step {step} (learning rate {rate:g})"
                 )
-            self._window.append(sums)
+            self.window = add_up([self.window, sums] if self.window else [sums])
             if step % self.every == 0 or step == len(self.learning_rates):
                 self._write(step)
                 has_written = True
@@ -115,9 +115,9 @@ class TrainLog:
 
     def _write(self, step: int) -> None:
         speed = self._timed_steps * self.images_per_step / max(self._spent[0], 1e-9)
-        record = self.record(step, "train", summarize(self._window), speed)
+        record = self.record(step, "train", summarize([self.window]), speed)
         self.latest = {**record, "data_wait": round(_percent_waited(self._spent), 1)}
-        self._window = []
+        self.window = {}
         self.write(self.latest)
 
     def record(
@@ -183,20 +183,3 @@ def progress_bar(num_images: int, done: int, what: str) -> Any:
         dynamic_ncols=True,
         leave=False,
     )
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT in a list; a second one of a kind ends the process."""
-    received: list[int] = []
-
-    def note(signum: int, frame: Any) -> None:
-        received.append(signum)
-        signal.signal(signum, signal.SIG_DFL)
-
-    before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)

@@ -20,6 +20,7 @@ from jax._src import distributed  # its client has no public name; orbax uses it
 from jax.experimental import multihost_utils
 
 from resjax.config import EXPECTED_ERRORS, RunError, UsageError, report_error
+from resjax.signals import leave
 
 _MEET_SECONDS = 300  # to wait for the others at the start
 _LOST_SECONDS = 45  # without a sign of life; jax gives up after 100, with many more words
@@ -101,7 +102,7 @@ def run_together(
         code = 1
     done.set()
     if 0 < code < 128:  # not done, and not stopped by a signal after saving together
-        _leave(code)
+        leave(code)
     return code
 
 
@@ -184,13 +185,7 @@ def _fail(text: str) -> NoReturn:
             f"lost another process of the run, or failed ({text}); see what the others "
             "say, and start all of them again to go on from the last checkpoint"
         )
-    _leave(report_error(RunError(f"process {jax.process_index()} {line}")))
-
-
-def _leave(code: int) -> NoReturn:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    leave(report_error(RunError(f"process {jax.process_index()} {line}")))
 
 
 def is_main() -> bool:
@@ -204,3 +199,14 @@ def is_same(number: int) -> bool:
         return True
     mine = np.int32(number % 2**31)
     return bool((np.asarray(multihost_utils.process_allgather(mine)) == mine).all())
+
+
+def is_preempted(step: int) -> bool:
+    """Whether the cloud has told one of several processes that it will end it.
+
+    All must ask after each step, and hear of it after the same one. (SIGTERM is noticed by
+    `signals.py`.)
+    """
+    if distributed.global_state.preemption_sync_manager is None:
+        return False
+    return multihost_utils.reached_preemption_sync_point(step)

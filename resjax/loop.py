@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from resjax.metrics import Sums, summarize
+from resjax.signals import Stopped
 from resjax.steps import TrainState
 
 Hook = Callable[[int, TrainState, Sums], None]
@@ -24,19 +25,22 @@ class Waits:
     Attributes:
       data: seconds, for the next batch.
       devices: seconds, for what they compute.
+      breakable: a context in which waiting for data can be broken off, with `Stopped`.
     """
 
     data: float = 0.0
     devices: float = 0.0
+    breakable: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
     def for_data(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """The batches; the time that each takes to come is counted."""
+        """The batches, until waiting for one is broken off; the time each takes counts."""
         source = iter(batches)
         while True:
             start = time.perf_counter()
             try:
-                batch = next(source)
-            except StopIteration:
+                with self.breakable():
+                    batch = next(source)
+            except (StopIteration, Stopped):
                 return
             finally:
                 self.data += time.perf_counter() - start
@@ -112,14 +116,17 @@ def evaluate(
     eval_step: Callable[[Any, Any], Sums],
     variables: Any,
     batches: Iterable[Any],
+    should_stop: Callable[[Sums | None], bool] = lambda finished: False,
     waits: Waits | None = None,
-) -> dict[str, float]:
-    """Averages over all batches, each example once.
+) -> dict[str, float] | None:
+    """Averages over all batches, each example once; None if it was to stop before the end.
 
     Args:
       eval_step: (variables, batch) -> sums.
       variables: {"params", "batch_stats"}, replicated.
       batches: sharded, with a mask.
+      should_stop: asked after each batch, with the sums of the last one that the devices
+        are known to have finished, None at first.
       waits: what the loop waits for is added to it.
 
     Returns:
@@ -127,10 +134,15 @@ def evaluate(
     """
     waits = waits or Waits()
     sums: list[Sums] = []
+    finished = None
     for batch in waits.for_data(batches):
         sums.append(eval_step(variables, batch))
         if len(sums) > _IN_FLIGHT:
             with waits.for_devices():
-                jax.block_until_ready(sums[-1 - _IN_FLIGHT])
+                finished = jax.block_until_ready(sums[-1 - _IN_FLIGHT])
+        if should_stop(finished):
+            break
+    if should_stop(finished):
+        return None
     with waits.for_devices():
         return summarize(sums)

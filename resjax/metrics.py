@@ -1,6 +1,7 @@
 """Metrics as sums and a count, so that they add up over devices, batches and steps."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,16 +43,22 @@ def classification_sums(
     }
 
 
-def summarize(sums: Iterable[Sums]) -> dict[str, float]:
-    """Averages of many `classification_sums`, fetched to the host and added in float64.
-
-    Returns:
-      {"loss" (nats), "top1", "top5" (percent), "num_examples"}.
-    """
+def add_up(sums: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Many `classification_sums`, fetched to the host and added in float64, in order."""
     total = dict.fromkeys(("loss", "top1", "top5", "num_examples"), 0.0)
     for part in jax.device_get(list(sums)):
         for name in total:
             total[name] += float(part[name])
+    return total
+
+
+def summarize(sums: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Averages of many `classification_sums`.
+
+    Returns:
+      {"loss" (nats), "top1", "top5" (percent), "num_examples"}.
+    """
+    total = add_up(sums)
     count = total["num_examples"]
     return {
         "loss": total["loss"] / count,

@@ -5,9 +5,12 @@ With several processes all of them call these functions, and the main one writes
 
 import contextlib
 import json
+import math
+import os
+import socket
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import IO, Any
 
 from etils import epath
 from tqdm import tqdm
@@ -25,6 +28,13 @@ def say(text: str) -> None:
         return
     tqdm.write(text, file=sys.stdout)
     sys.stdout.flush()
+
+
+def warn(text: str) -> None:
+    """Prints a line to standard error, above a progress bar if there is one."""
+    if hosts.is_main():
+        tqdm.write(f"warning: {text}", file=sys.stderr)
+        sys.stderr.flush()
 
 
 def write_json(path: epath.Path, value: Any) -> None:
@@ -57,6 +67,76 @@ def read_metrics(workdir: epath.Path) -> list[Record]:
         return [json.loads(line) for line in lines]
     except ValueError as error:
         raise UsageError(f"{path} is damaged: {error}") from error
+
+
+def read_evaluations(workdir: epath.Path, last_step: float = math.inf) -> list[Record]:
+    """The records of the test split up to a step."""
+    rows = [row for row in read_metrics(workdir) if row["split"] == "test"]
+    return [row for row in rows if row["step"] <= last_step]
+
+
+def best_step(
+    evaluations: Sequence[Record], metric: str, steps: Collection[int]
+) -> int | None:
+    """The step, of `steps`, that evaluated best, the first of equals; None if none was.
+
+    Args:
+      evaluations: records of the test split.
+      metric: "top1", "top5", "loss", or "none", of which none is best.
+      steps: that have a checkpoint.
+    """
+    rows = [row for row in evaluations if row["step"] in steps and metric in row]
+    if metric == "loss":
+        return min(rows, key=lambda row: row["loss"])["step"] if rows else None
+    return max(rows, key=lambda row: row[metric])["step"] if rows else None
+
+
+@contextlib.contextmanager
+def lock(workdir: epath.Path) -> Iterator[None]:
+    """Holds a workdir; the system lets go of it when the process ends, however it does.
+
+    A file system that cannot lock, such as an object store, does not hold it.
+
+    Raises:
+      UsageError: another run holds it; by each process of this one.
+    """
+    with _locked(workdir) as file:
+        if file:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+        yield
+
+
+def check_unlocked(workdir: epath.Path) -> None:
+    """Raises `UsageError` if another run holds a workdir; leaves everything as it is."""
+    if workdir.is_dir():
+        with _locked(workdir, create=False):
+            pass
+
+
+@contextlib.contextmanager
+def _locked(workdir: epath.Path, create: bool = True) -> Iterator[IO | None]:
+    path, file, holder = workdir / ".lock", None, None
+    if hosts.is_main() and "://" not in str(workdir) and (create or path.exists()):
+        import fcntl  # which Windows does not have
+
+        file = open(path, "a+")  # noqa: SIM115, closed below
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+        except OSError as error:
+            warn(f"{workdir} cannot be locked ({error}); start no second run in it")
+    with file or contextlib.nullcontext():
+        if hosts.is_same(holder is not None) and holder is None:
+            yield file
+            return
+    raise UsageError(
+        f"--workdir: {workdir} is in use by {holder or 'another run'}; stop that, or "
+        "choose another --workdir"
+    )
 
 
 @contextlib.contextmanager

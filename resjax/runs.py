@@ -13,16 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import linen as nn
-from jax.sharding import Sharding, SingleDeviceSharding
 
-from resjax import build, build_data, loop, parallel, records
+from resjax import build, build_data, checkpoint, loop, parallel, records
 from resjax import config as configs
+from resjax.checkpoint import Checkpoint
 from resjax.config import Config, UsageError
 
 
 def evaluate(
     workdir: str | epath.Path,
-    step: int | None = None,
+    step: int | str | None = None,
     split: str = "test",
     batch_size: int | None = None,
     data_dir: str | None = None,
@@ -31,7 +31,7 @@ def evaluate(
 
     Args:
       workdir: of the run.
-      step: of the checkpoint; None = the latest.
+      step: of the checkpoint; None = the latest; "best" = that which evaluated best.
       split: "train" or "test".
       batch_size: examples at a time; None = that of the training.
       data_dir: where the data is; None = as in the training.
@@ -43,31 +43,26 @@ def evaluate(
     Raises:
       UsageError: no such checkpoint, split or data.
     """
-    from resjax import checkpoint
-
     workdir = epath.Path(workdir).expanduser()
-    check_is_run(workdir)
-    with checkpoint.open_checkpoints(workdir) as checkpoints:
-        step = checkpoint.pick_step(checkpoints, step)
-        record = checkpoint.restore_record(checkpoints, step)
-        config = configs.from_dict(record["config"])
-        data = dataclasses.replace(config.data, dir=data_dir or config.data.dir)
-        config = dataclasses.replace(config, data=data)
-        eval_step, batches = build.build_evaluation(
-            config, split, batch_size or config.batch_size
-        )
-        model, sharding = build.build_model(config), parallel.replicated()
-        variables = _restore_variables(checkpoints, step, model, sharding)
+    found = _read(workdir, step)
+    config = configs.from_dict(found.record["config"])
+    data = dataclasses.replace(config.data, dir=data_dir or config.data.dir)
+    config = dataclasses.replace(config, data=data)
+    eval_step, batches = build.build_evaluation(
+        config, split, batch_size or config.batch_size
+    )
+    variables = parallel.replicate(_variables(found, build.build_model(config)))
     means = loop.evaluate(eval_step, variables, batches())
+    assert means
     result = {
         **{name: means[name] for name in ("top1", "top5", "loss", "num_examples")},
-        "step": step,
+        "step": found.step,
         "split": split,
         "model": config.model,
         "data": config.data.name,
     }
     with contextlib.suppress(OSError):  # a run may be kept where nobody can write
-        records.write_json(workdir / f"eval_{split}_{step}.json", result)
+        records.write_json(workdir / f"eval_{split}_{found.step}.json", result)
     return result
 
 
@@ -84,6 +79,8 @@ class Restored:
       config: of the run.
       step: of the checkpoint.
       class_names: of the logits, in order.
+      evaluation: the last record of the test split when it was saved, None if none.
+      versions: of what trained it: jax, flax, the commit of resjax, ...
       preprocess: images of any size, uint8 arrays or PIL -> [B, S, S, 3] float32, as the
         run was evaluated.
       predict: the same, or preprocessed float32 images -> softmax [B, K] float32.
@@ -94,61 +91,71 @@ class Restored:
     config: Config
     step: int
     class_names: list[str]
+    evaluation: dict[str, Any] | None
+    versions: dict[str, str]
     preprocess: Callable[[Any], np.ndarray]
     predict: Callable[[Any], np.ndarray]
 
 
-def check_is_run(workdir: epath.Path) -> None:
-    """Raises `UsageError` if there is no run; it lists what is there."""
-    if not workdir.is_dir():
-        near = (
-            sorted(p.name for p in workdir.parent.iterdir())
-            if workdir.parent.is_dir()
-            else []
+def _read(path: epath.Path, step: int | str | None) -> Checkpoint:
+    """The variables of a checkpoint; says so if newer ones are damaged."""
+    if step == "best":
+        step = _best_step(path)
+    elif isinstance(step, str) or (step is not None and step < 0):
+        raise UsageError(f"step: {step!r} is neither a step nor 'best'")
+    found, damaged = checkpoint.read(path, step, items=["variables"])
+    for error in damaged.values():
+        records.warn(f"{error}; the one of step {found.step} is used")
+    return found
+
+
+def _best_step(workdir: epath.Path) -> int:
+    """The checkpoint of a workdir that evaluated best, by its `metrics.jsonl`."""
+    checkpoint.check_is_run(workdir)
+    steps = checkpoint.list_steps(workdir)
+    metric = "top1"
+    if (workdir / "config.json").exists():
+        metric = records.read_config(workdir).checkpoint.best_metric
+    rows = records.read_evaluations(workdir)
+    best = records.best_step(rows, "top1" if metric == "none" else metric, steps)
+    if best is None:
+        raise UsageError(
+            f"step: 'best' of {workdir} is not known: its metrics.jsonl has no evaluation "
+            f"of a step that has a checkpoint; there are {steps}"
         )
-        raise UsageError(f"there is no directory {workdir}; beside it there are {near}")
-    if not (workdir / "checkpoints").is_dir():
-        there = sorted(path.name for path in workdir.iterdir())
-        raise UsageError(f"{workdir} has no checkpoints; it holds {there[:10]}")
+    return best
 
 
-def _restore_variables(
-    checkpoints: Any, step: int, model: nn.Module, sharding: Sharding
-) -> dict[str, Any]:
-    from resjax import checkpoint
-
+def _variables(found: Checkpoint, model: nn.Module) -> dict[str, Any]:
+    """The variables as the model has them; raises `UsageError` if it has others."""
     images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), images)
-    like = checkpoint.abstract(shapes, sharding)
-    return checkpoint.restore_arrays(checkpoints, step, variables=like)["variables"]
+    like = jax.eval_shape(model.init, jax.random.key(0), images)
+    return checkpoint.to_tree(found.arrays["variables"], like)
 
 
-def restore(workdir: str | epath.Path, step: int | None = None) -> Restored:
+def restore(path: str | epath.Path, step: int | str | None = None) -> Restored:
     """Opens a checkpoint on any machine, without its data set, optimizer or devices.
 
     Args:
-      workdir: of the run.
-      step: of the checkpoint; None = the latest.
+      path: a workdir, or a checkpoint in it, `runs/digits/checkpoints/337`.
+      step: of the checkpoint; None = the latest; "best" = that which evaluated best.
 
     Raises:
-      UsageError: no such folder, run or checkpoint; it lists what is there.
+      UsageError: no such folder, run or checkpoint, with what is there; or it is damaged.
 
     Example:
       run = resjax.restore("runs/digits")
       run.class_names[run.predict(image).argmax()]
     """
-    from resjax import checkpoint
-
-    workdir = epath.Path(workdir).expanduser()
-    check_is_run(workdir)
-    with checkpoint.open_checkpoints(workdir) as checkpoints:
-        step = checkpoint.pick_step(checkpoints, step)
-        record = checkpoint.restore_record(checkpoints, step)
-        config = configs.from_dict(record["config"])
-        model = build.build_model(config)
-        device = SingleDeviceSharding(jax.local_devices()[0])
-        variables = _restore_variables(checkpoints, step, model, device)
-    preprocess = build_data.build_preprocess(config)
+    found = _read(epath.Path(path).expanduser(), step)
+    record = found.record
+    config = configs.from_dict(record["config"], ignore_unknown=True)
+    model = build.make_model(record.get("model") or build.describe_model(config))
+    device = jax.local_devices()[0]
+    variables = jax.device_put(_variables(found, model), device)
+    preprocess = build_data.make_preprocess(
+        record.get("preprocess") or build_data.describe_preprocess(config)
+    )
 
     @jax.jit
     def softmax(variables: Any, images: jax.Array) -> jax.Array:
@@ -164,7 +171,15 @@ def restore(workdir: str | epath.Path, step: int | None = None) -> Restored:
         return np.concatenate([np.asarray(softmax(variables, chunk)) for chunk in chunks])
 
     return Restored(
-        model, variables, config, step, record["class_names"], preprocess, predict
+        model=model,
+        variables=variables,
+        config=config,
+        step=found.step,
+        class_names=record["class_names"],
+        evaluation=record.get("evaluation"),
+        versions=record.get("versions", {}),
+        preprocess=preprocess,
+        predict=predict,
     )
 
 

@@ -218,12 +218,15 @@ def make_eval_step(
 
     Returns:
       (variables, batch) -> `classification_sums` over all devices, where batch has `image`
-      [b, H, W, 3] uint8, `label` [b] and `mask` [b] bool, False for padding.
+      [b, H, W, 3] uint8, `label` [b] and `mask` [b] bool, False for padding. A `stop` [b]
+      int32 in it is summed like them, as in `make_train_step`.
     """
 
     def eval_step(variables: dict[str, Any], batch: Batch) -> Sums:
         logits: Any = model.apply(variables, prepare(batch), train=False)
         sums = classification_sums(logits, batch["label"], batch["mask"])
+        if "stop" in batch:
+            sums["stop"] = batch["stop"].sum()
         return lax.psum(sums, AXIS)
 
     return eval_step

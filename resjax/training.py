@@ -7,14 +7,26 @@ import math
 import signal
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
 from etils import epath
 
-from resjax import build, checkpoint, hooks, hosts, loop, parallel, records
+from resjax import (
+    build,
+    checkpoint,
+    checkpoint_writer,
+    hooks,
+    hosts,
+    loop,
+    parallel,
+    records,
+    signals,
+)
 from resjax import config as configs
+from resjax.checkpoint import Checkpoint
 from resjax.config import Config, RunError, UsageError
 from resjax.steps import TrainState
 
@@ -38,54 +50,139 @@ def train(config: Config, workdir: str | epath.Path) -> int:
     """
     config = configs.validate(config)
     workdir = epath.Path(workdir).expanduser()
+
+    def tell(signum: int) -> None:
+        steps = checkpoint.list_steps(workdir)
+        saved = f"step {steps[-1]} is saved" if steps else "nothing was saved yet"
+        records.say(f"stopped by signal {signum}; {saved}")
+
+    with signals.stop_signals(tell) as stop:
+        try:
+            is_finished = _train(config, workdir, stop)
+        except signals.Stopped:  # with nothing to save
+            tell(stop.received[0])
+            if jax.process_count() > 1:  # the others do not know of it
+                signals.leave(128 + stop.received[0])
+            return 128 + stop.received[0]
+    if is_finished:
+        return 0
+    signum = stop.received[0] if stop.received else signal.SIGTERM  # of another process
+    tell(signum)
+    return 128 + signum
+
+
+def _train(config: Config, workdir: epath.Path, stop: signals.StopSignals) -> bool:
+    """Whether the run is finished, and was not stopped before."""
     check_agreement(config, workdir)
-    latest, num_steps = check_workdir(workdir, config)
-    if not hosts.is_same(-1 if latest is None else latest):
+    latest, damaged = check_workdir(workdir, config)
+    if not hosts.is_same(latest.step if latest else -1):
         raise _other_workdir(workdir)
-    if latest is not None and latest == num_steps:
+    if latest and is_finished(workdir, latest):
         records.say(
-            f"{workdir} is finished: step {latest} of {num_steps}; "
+            f"{workdir} is finished: step {latest.step} of {latest.step}; "
             "for another run choose another --workdir"
         )
-        return 0
+        return True
     run = build.build_run(config)
+    state, origin = _first_state(config, run, latest)
     make_workdir(workdir)
-    with checkpoint.open_checkpoints(workdir, config.checkpoint.keep) as checkpoints:
-        if latest is None:
-            state = run.init_state()
-        else:
-            shapes = jax.eval_shape(run.init_state)
-            like = checkpoint.abstract(shapes, parallel.replicated())
-            items = checkpoint.restore_arrays(
-                checkpoints, latest, variables=like.variables, optimizer=like.optimizer
-            )
-            state = TrainState(**items["variables"], **items["optimizer"])
-        records.write_json(workdir / "config.json", dataclasses.asdict(config))
+    with records.lock(workdir):
+        seen = [*damaged, *([latest.step] if latest else [])]
+        if checkpoint.list_steps(workdir)[-1:] != seen[:1]:
+            raise UsageError(f"--workdir: another run has just written in {workdir}")
+        put_aside(workdir, damaged)
+        write_config(workdir, config)
         check_shared(workdir)
-        introduce(config, run, workdir, latest)
-        return _fit(config, run, workdir, state, checkpoints)
+        introduce(config, run, workdir, origin)
+        try:
+            return _fit(config, run, workdir, state, stop, _window(config, latest))
+        except UsageError:  # of the data: the same one line as before the run
+            raise
+        except (FloatingPointError, OSError, ValueError) as error:
+            raise _failure(error, workdir) from error
 
 
-def check_workdir(workdir: epath.Path, config: Config) -> tuple[int | None, int | None]:
-    """The last step saved in a workdir and the number of steps of its run, None if none.
+def check_workdir(
+    workdir: epath.Path, config: Config
+) -> tuple[Checkpoint | None, dict[int, checkpoint.DamagedError]]:
+    """What `checkpoint.read_latest` finds in a workdir, once it is known to be this run's.
 
     Raises:
-      UsageError: the workdir holds a run of another config, or records of something else.
+      UsageError: the workdir holds a run of another config, or records of something else,
+        or is in use.
     """
+    records.check_unlocked(workdir)
     if (workdir / "config.json").exists():
         _check_same(workdir, records.read_config(workdir), config)
     elif (workdir / "metrics.jsonl").exists():
         raise UsageError(f"--workdir: {workdir} holds metrics.jsonl of something else")
     records.read_metrics(workdir)  # a damaged file is found before anything is done
-    if not (workdir / "checkpoints").is_dir():
-        return None, None
-    with checkpoint.open_checkpoints(workdir) as checkpoints:
-        latest = checkpoints.latest_step()
-        if latest is None:
-            return None, None
-        record = checkpoint.restore_record(checkpoints, latest)
-    _check_same(workdir, configs.from_dict(record["config"]), config)
-    return latest, record["derived"]["num_steps"]
+    latest, damaged = checkpoint.read_latest(workdir)
+    if latest:
+        _check_same(workdir, configs.from_dict(latest.record["config"]), config)
+    return latest, damaged
+
+
+def is_finished(workdir: epath.Path, latest: Checkpoint) -> bool:
+    """Whether a run has made all its steps, and evaluated the last."""
+    evaluated = {row["step"] for row in records.read_evaluations(workdir, latest.step)}
+    is_last = latest.step == latest.record["derived"]["num_steps"]
+    return is_last and (latest.step in evaluated or latest.step == 0)
+
+
+def _first_state(
+    config: Config, run: build.Run, latest: Checkpoint | None
+) -> tuple[TrainState, str]:
+    """Where a run starts, and the words for it."""
+    if latest:
+        like = jax.eval_shape(run.init_state)
+        variables, optimizer = (
+            checkpoint.to_tree(latest.arrays[item], getattr(like, item))
+            for item in checkpoint.ITEMS
+        )
+        state = TrainState(**variables, **optimizer)
+        return parallel.replicate(state), f"resuming after step {latest.step}"
+    if config.init_from is None:
+        return run.init_state(), "from the start"
+    return _init_from(config.init_from, run.init_state())
+
+
+def _init_from(path: str, state: TrainState) -> tuple[TrainState, str]:
+    """The state before the first update with the weights of another run.
+
+    A classifier of another size is left as it is.
+
+    Raises:
+      UsageError: there is no such run, or it is of another model.
+    """
+    try:
+        given, damaged = checkpoint.read(epath.Path(path).expanduser(), items=["variables"])
+        arrays, own = given.arrays["variables"], checkpoint.to_arrays(state.variables)
+        new_head = {
+            name: own[name]
+            for name in own
+            if name.startswith("params/head/")
+            and name in arrays
+            and arrays[name].shape != own[name].shape
+        }
+        variables = checkpoint.to_tree(arrays | new_head, state.variables)
+    except UsageError as error:
+        raise UsageError(f"config.init_from: {path}: {error}") from error
+    for damage in damaged.values():
+        records.warn(f"{damage}; the one of step {given.step} is used")
+    origin = f"from the weights of {path} after step {given.step}"
+    origin += " and a new classifier" if new_head else ""
+    return dataclasses.replace(state, **parallel.replicate(variables)), origin
+
+
+def put_aside(workdir: epath.Path, damaged: dict[int, checkpoint.DamagedError]) -> None:
+    """Renames damaged checkpoints, so that new ones can take their places, and says so."""
+    for step, error in damaged.items():
+        records.warn(f"{error}; it is now {step}.damaged, and the one before is used")
+        if hosts.is_main():
+            path = checkpoint.directory(workdir, step)
+            path.rename(path.with_name(f"{step}.damaged"))
+    hosts.is_same(0)  # waits for all
 
 
 def _check_same(workdir: epath.Path, stored: Config, config: Config) -> None:
@@ -93,7 +190,8 @@ def _check_same(workdir: epath.Path, stored: Config, config: Config) -> None:
     if different:
         raise UsageError(
             f"{workdir} holds a run of another config: {'; '.join(different)}; "
-            "choose another --workdir, or put the field back"
+            f"put it back, or choose another --workdir (--config.init_from={workdir} "
+            "starts there from these weights)"
         )
 
 
@@ -133,7 +231,15 @@ def make_workdir(workdir: epath.Path) -> None:
         raise UsageError(f"--workdir: {workdir} cannot be written: {error}") from error
 
 
-def introduce(config: Config, run: build.Run, workdir: epath.Path, latest: Any) -> None:
+def write_config(workdir: epath.Path, config: Config) -> None:
+    """Writes `config.json`; raises `UsageError` if that cannot be done."""
+    try:
+        records.write_json(workdir / "config.json", dataclasses.asdict(config))
+    except OSError as error:
+        raise UsageError(f"--workdir: {workdir} cannot be written: {error}") from error
+
+
+def introduce(config: Config, run: build.Run, workdir: epath.Path, origin: str) -> None:
     """Says what is about to happen: model, data, devices, derived numbers."""
     devices, processes = jax.devices(), jax.process_count()
     shared = f" of {processes} processes" if processes > 1 else ""
@@ -143,10 +249,9 @@ def introduce(config: Config, run: build.Run, workdir: epath.Path, latest: Any) 
         warmup = "no warmup"
         if config.warmup == "goyal":
             warmup += " (goyal warms up only minibatches over 256)"
-    start = "from the start" if latest is None else f"resuming after step {latest}"
     records.say(
         f"{config.model} on {config.data.name} ({run.num_examples:,} examples, "
-        f"{config.num_classes} classes), {start}, in {workdir}\n"
+        f"{config.num_classes} classes), {origin}, in {workdir}\n"
         f"{run.num_steps:,} steps of {config.batch_size}, {config.num_epochs:g} epochs, "
         f"on {len(devices)} {devices[0].platform} device{'s'[: len(devices) > 1]}"
         f"{shared} ({config.parallel}); "
@@ -155,18 +260,31 @@ def introduce(config: Config, run: build.Run, workdir: epath.Path, latest: Any) 
     )
 
 
+def _window(config: Config, latest: Checkpoint | None) -> dict[str, float]:
+    """What the log had summed when the checkpoint was written."""
+    if not latest or latest.record["config"]["log_every_steps"] != config.log_every_steps:
+        return {}
+    return latest.record.get("window", {})
+
+
 def _fit(
     config: Config,
     run: build.Run,
     workdir: epath.Path,
     state: TrainState,
-    checkpoints: Any,
-) -> int:
-    """`loop.fit` with the hooks of a run around it; returns the exit code."""
+    stop: signals.StopSignals,
+    window: dict[str, float],
+) -> bool:
+    """`loop.fit` with the hooks of a run around it; whether the run is finished."""
     start_step, started = int(state.step), time.perf_counter()
     waits = loop.Waits()
+    if jax.process_count() == 1:
+        waits.breakable = stop.waiting
+    evaluations = records.read_evaluations(workdir, start_step)
+    best_step = partial(records.best_step, evaluations, config.checkpoint.best_metric)
     with contextlib.ExitStack() as stack:
-        received = stack.enter_context(hooks.stop_signals())
+        keep = build.build_keep(config, best_step)
+        writer = stack.enter_context(checkpoint_writer.open_writer(workdir, keep))
         write = stack.enter_context(records.open_metrics(workdir, start_step))
         images, done = (n * config.batch_size for n in (run.num_steps, start_step))
         bar = stack.enter_context(hooks.progress_bar(images, done, "training"))
@@ -177,42 +295,50 @@ def _fit(
             learning_rates=run.learning_rates,
             images_per_step=config.batch_size,
             waits=waits,
+            window=window,
         )
-        evaluate = _make_evaluation(config, run, workdir, log)
-        save = _make_save(config, run, checkpoints)
+        wants_stop, should_stop = _make_stopping(stop)
+        evaluate = _make_evaluation(
+            config, run, workdir, log, evaluations, wants_stop, should_stop
+        )
+        save = _make_save(run, writer, log, evaluations)
+        failures: list[Exception] = []
 
-        def should_stop(finished: Any) -> bool:
-            if jax.process_count() == 1:
-                return bool(received)
-            return finished is not None and bool(finished["stop"])  # of any process
+        def heed(step: int, state: TrainState, sums: Any) -> None:
+            stop.has_news = True
+            if hosts.is_preempted(step):
+                stop.received.append(signal.SIGTERM)
 
-        try:
-            state = loop.fit(
-                run.train_step,
-                state,
-                run.train_batches(start_step, lambda: bool(received)),
-                [
-                    log,
-                    hooks.make_progress_hook(bar, log),
-                    hooks.make_hook(run.eval_steps.__contains__, evaluate, log),
-                    hooks.make_hook(run.save_due, save, log),
-                ],
-                should_stop=should_stop,
-                waits=waits,
-            )
-            step = int(state.step)
-            if step != checkpoints.latest_step():  # stopped by a signal between two saves
-                with log.paused():
-                    save(step, state)
-            checkpoints.wait_until_finished()
-        except UsageError:  # of the data: the same one line as before the run
-            raise
-        except (FloatingPointError, OSError, ValueError) as error:
-            raise _failure(error, checkpoints) from error
-    if step < run.num_steps:
-        signum = received[0] if received else signal.SIGTERM  # of another process
-        records.say(f"stopped by signal {signum}; step {step} is saved")
-        return 128 + signum
+        def save_due(step: int) -> bool:
+            return run.save_due(step) or step == best_step(run.eval_steps)
+
+        if start_step in run.eval_steps and not _is_evaluated(evaluations, start_step):
+            evaluate(start_step, state)  # in which the run was stopped
+        if start_step < run.num_steps:
+            _compile_evaluation(run, state)
+        state = loop.fit(
+            run.train_step,
+            state,
+            _until_failure(run.train_batches(start_step, wants_stop), failures),
+            [
+                heed,
+                log,
+                hooks.make_progress_hook(bar, log),
+                hooks.make_hook(run.eval_steps.__contains__, evaluate, log),
+                hooks.make_hook(save_due, save, log),
+            ],
+            should_stop=should_stop,
+            waits=waits,
+        )
+        step = int(state.step)
+        if step > start_step and step != writer.latest_step():
+            with log.paused():
+                save(step, state)
+        writer.wait_until_finished()
+    if failures:
+        raise failures[0]
+    if step < run.num_steps or not _is_evaluated(evaluations, step):
+        return False
     minutes, seconds = divmod(round(time.perf_counter() - started), 60)
     damaged = (
         f", {run.num_damaged()} damaged examples left out" if run.num_damaged() else ""
@@ -221,24 +347,78 @@ def _fit(
         f"finished in {minutes} min {seconds:02d} s (waited {waits.data:.0f} s for data, "
         f"{waits.devices:.0f} s for the devices{damaged}); see {workdir}/curves.png"
     )
-    return 0
+    return True
+
+
+def _is_evaluated(evaluations: list[records.Record], step: int) -> bool:
+    return step in {row["step"] for row in evaluations}
+
+
+def _compile_evaluation(run: build.Run, state: TrainState) -> None:
+    """Evaluates a batch, so that later, when there is much to lose, nothing compiles."""
+    batches = run.eval_batches()
+    for batch in batches:
+        jax.block_until_ready(run.eval_step(state.variables, batch))
+        break
+
+
+def _until_failure(batches: Iterator[Any], failures: list[Exception]) -> Iterator[Any]:
+    """The batches until there is an error, which is kept so that the run is saved before.
+
+    In one of several processes it is raised: the others do not know of it.
+    """
+    try:
+        yield from batches
+    except (UsageError, RunError, OSError) as error:
+        if jax.process_count() > 1:
+            raise
+        failures.append(error)
+
+
+def _make_stopping(
+    stop: signals.StopSignals,
+) -> tuple[Callable[[], bool], Callable[[Any], bool]]:
+    """Whether this process wants to stop; whether all do, by what the devices finished."""
+    is_alone, agreed = jax.process_count() == 1, False
+
+    def wants_stop() -> bool:
+        return bool(stop.received)
+
+    def should_stop(finished: Any) -> bool:
+        nonlocal agreed
+        agreed = agreed or (
+            wants_stop() if is_alone else bool(finished and finished["stop"])
+        )
+        return agreed
+
+    return wants_stop, should_stop
 
 
 def _make_evaluation(
-    config: Config, run: build.Run, workdir: epath.Path, log: hooks.TrainLog
+    config: Config,
+    run: build.Run,
+    workdir: epath.Path,
+    log: hooks.TrainLog,
+    evaluations: list[records.Record],
+    wants_stop: Callable[[], bool],
+    should_stop: Callable[[Any], bool],
 ) -> Callable[[int, TrainState], None]:
     """The action that evaluates, records and reports."""
 
     def evaluate(step: int, state: TrainState) -> None:
         before = time.perf_counter()
+        batches = run.eval_batches(wants_stop)
         means = loop.evaluate(
-            run.eval_step, state.variables, run.eval_batches(), waits=log.waits
+            run.eval_step, state.variables, batches, should_stop, log.waits
         )
+        if means is None:  # to be done when the run goes on
+            return
         if not math.isfinite(means["loss"]):
             raise FloatingPointError(f"the test loss is {means['loss']} at step {step}")
         speed = means["num_examples"] / (time.perf_counter() - before)
         test = log.record(step, "test", means, speed)
         log.write(test)
+        evaluations.append(test)
         records.plot_curves(workdir, f"{config.model} on {config.data.name}")
         report(run.num_steps, log.latest, test)
         report_wait(log.take_data_wait(), config.data.name)
@@ -247,18 +427,14 @@ def _make_evaluation(
 
 
 def _make_save(
-    config: Config, run: build.Run, checkpoints: Any
+    run: build.Run, writer: Any, log: hooks.TrainLog, evaluations: list[records.Record]
 ) -> Callable[[int, TrainState], None]:
     """The action that writes a checkpoint."""
-    record = {
-        "config": dataclasses.asdict(config),
-        "derived": run.derived,
-        "class_names": run.class_names,
-    }
 
     def save(step: int, state: TrainState) -> None:
-        state = parallel.as_global(state)
-        checkpoint.save(checkpoints, step, state.variables, state.optimizer, record)
+        evaluation = evaluations[-1] if evaluations else None
+        record = {**run.record, "evaluation": evaluation, "window": log.window}
+        checkpoint_writer.save(writer, step, state.variables, state.optimizer, record)
 
     return save
 
@@ -283,15 +459,11 @@ def report_wait(percent: float, data_name: str) -> None:
         )
 
 
-def _failure(error: Exception, checkpoints: Any) -> RunError:
+def _failure(error: Exception, workdir: epath.Path) -> RunError:
     """Why training stopped and what is kept, in one line."""
-    if jax.process_count() == 1:  # others may be gone
-        with contextlib.suppress(Exception):  # a save that fails is the error itself
-            checkpoints.wait_until_finished()
-    checkpoints.reload()
-    latest = checkpoints.latest_step()
-    kept = f"the checkpoint of step {latest} is kept" if latest else "nothing was saved yet"
-    line = f"training stopped: {' '.join(str(error).split())[:300]}; {kept}"
+    kept = checkpoint.list_steps(workdir)[-1:]
+    what = f"the checkpoint of step {kept[0]} is kept" if kept else "nothing was saved yet"
+    line = f"training stopped: {' '.join(str(error).split())[:300]}; {what}"
     if isinstance(error, FloatingPointError):
         line += (
             "; a lower --config.lr_per_256, a longer --config.warmup_epochs or another "

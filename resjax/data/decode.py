@@ -8,7 +8,7 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 
-from resjax.config import UsageError
+from resjax.config import UsageError, unknown_name
 from resjax.data import jpeg
 
 _REDUCED = {
@@ -135,3 +135,13 @@ def center_crop(image: np.ndarray, size: int) -> np.ndarray:
     image = resize(image, height, width)
     top, left = (height - size) // 2, (width - size) // 2
     return image[top : top + size, left : left + size]
+
+
+EVAL_CROPS = {crop.__name__: crop for crop in (whole, center_crop)}
+
+
+def get_eval_crop(name: str) -> Callable[[np.ndarray, int], np.ndarray]:
+    """The crop of that name; raises `UsageError` with those there are."""
+    if name not in EVAL_CROPS:
+        raise unknown_name("eval_crop", name, EVAL_CROPS)
+    return EVAL_CROPS[name]

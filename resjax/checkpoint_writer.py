@@ -1,0 +1,135 @@
+"""Writes checkpoints: orbax does it in the background, whole or not at all.
+
+The files are ours (`checkpoint.py`), since an array costs orbax a millisecond of processor
+time, and a small net has hundreds: saving one after every epoch on the digits took a third
+longer, and now takes what cannot be measured (benchmarks/checkpoints.py).
+"""
+
+import contextlib
+import dataclasses
+import functools
+import importlib.metadata
+import platform
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+import resjax
+from resjax import checkpoint, hosts
+from resjax.loss_scale import all_finite
+
+
+class _FilesHandler(ocp.AsyncCheckpointHandler):
+    """Writes files that a function makes, both in the background."""
+
+    async def async_save(self, directory: epath.Path, args: "_Files") -> list[Any]:
+        async def write() -> None:
+            if hosts.is_main():
+                for name, content in args.make().items():
+                    (directory / name).write_bytes(content)
+
+        return [ocp.future.CommitFutureAwaitingContractedSignals(write(), name="files")]
+
+    def save(self, directory: epath.Path, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError  # orbax calls async_save
+
+    def restore(self, directory: epath.Path, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError  # checkpoint.py does
+
+
+@ocp.args.register_with_handler(_FilesHandler, for_save=True, for_restore=True)
+@dataclasses.dataclass
+class _Files(ocp.args.CheckpointArgs):
+    make: Callable[[], dict[str, bytes]]
+
+
+class _Preserve(ocp.checkpoint_managers.PreservationPolicy):
+    """Keeps the steps that a function chooses among those there are."""
+
+    def __init__(self, choose: Callable[[Sequence[int]], set[int]]):
+        self.choose = choose
+
+    def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
+        steps = [info.step for info in checkpoints]
+        chosen = self.choose(steps)
+        return [step in chosen for step in steps]
+
+
+@contextlib.contextmanager
+def open_writer(
+    workdir: epath.Path, keep: Callable[[Sequence[int]], set[int]]
+) -> Iterator[ocp.CheckpointManager]:
+    """What `save` writes with; on leaving, waits until all is written.
+
+    After an error in one of several processes it does not: the others may be gone.
+
+    Args:
+      workdir: of the run; `checkpoints/` is made in it.
+      keep: steps there are, the newest last -> those to keep; the others are deleted
+        after the newest is written.
+    """
+    manager = ocp.CheckpointManager(
+        (workdir / "checkpoints").resolve(),
+        options=ocp.CheckpointManagerOptions(
+            preservation_policy=_Preserve(keep), cleanup_tmp_directories=True
+        ),
+    )
+    try:
+        yield manager
+    except BaseException:
+        if jax.process_count() == 1:
+            with contextlib.suppress(Exception):  # it may be the error itself
+                manager.close()
+        raise
+    manager.close()
+
+
+def save(
+    manager: ocp.CheckpointManager,
+    step: int,
+    variables: Any,
+    optimizer: Any,
+    record: dict[str, Any],
+) -> None:
+    """Writes a checkpoint in the background; the arrays may be reused when this returns.
+
+    Args:
+      manager: from `open_writer`.
+      step: updates finished.
+      variables: {"params", "batch_stats"}, replicated.
+      optimizer: tree of the rest, replicated.
+      record: JSON of what they are.
+
+    Raises:
+      FloatingPointError: a variable that is not finite; nothing is written.
+    """
+    if not jax.jit(all_finite)(variables):
+        raise FloatingPointError(f"the parameters are not finite after step {step}")
+    arrays = {
+        "variables": checkpoint.to_arrays(variables),
+        "optimizer": checkpoint.to_arrays(optimizer),
+    }
+    record = {"step": step, "versions": _versions(), **record}
+    files = _Files(lambda: checkpoint.to_files(record, arrays))
+    manager.save(step, args=ocp.args.Composite(state=files), force=True)
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    """Those of what computes, and the commit if the code is in a git repository."""
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    versions = {name: importlib.metadata.version(name) for name in names}
+    versions |= {"python": platform.python_version(), "resjax": resjax.__version__}
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        words = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        here = Path(__file__).resolve().parent
+        done = subprocess.run(
+            words, cwd=here, capture_output=True, text=True, timeout=10, check=True
+        )
+        versions["commit"] = done.stdout.strip()
+    return versions
