@@ -12,6 +12,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{_FORCED}=8"  # before the first import of jax
 
 import pytest  # noqa: E402
+from safetensors.numpy import load_file  # noqa: E402
 
 _TINY = """
 from functools import partial
@@ -35,6 +36,11 @@ def get_config():
         log_every_steps=1,
     )
 """
+
+
+def saved(workdir, step, item="variables"):
+    """The arrays of a checkpoint by their names, as any reader of safetensors sees them."""
+    return load_file(workdir / "checkpoints" / str(step) / "state" / f"{item}.safetensors")
 
 
 @pytest.fixture(scope="session")
@@ -125,6 +131,7 @@ def digits_run(command, tmp_path_factory):
         "--config.log_every_steps=1",
         "--config.checkpoint.every_steps=10",
         "--config.checkpoint.keep=3",
+        "--config.checkpoint.best_metric=none",
     )
     done = command("train.py", *flags, devices=4)
     return SimpleNamespace(workdir=workdir, flags=flags, done=done)

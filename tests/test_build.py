@@ -103,7 +103,7 @@ def test_evaluation_comes_after_the_last_step_and_every_so_often():
     assert run.num_steps == round(2.5 * 1437 / 128) == 28
     assert sorted(run.eval_steps) == [11, 22, 28]
     assert run.learning_rates.shape == (28,)
-    assert run.class_names == list("0123456789")
+    assert run.record["class_names"] == list("0123456789")
 
 
 @pytest.mark.parametrize("every, due", [(0, {11, 22, 28}), (12, {12, 24, 28})])

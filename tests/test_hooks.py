@@ -1,8 +1,6 @@
 """Logging a step late, checks before saving, and signals."""
 
 import io
-import os
-import signal
 
 import numpy as np
 import pytest
@@ -131,15 +129,6 @@ def test_a_hook_acts_only_when_due():
     for step in range(1, 5):
         hook(step, f"state{step}", None)
     assert done == [(2, "state2"), (3, "state3")]
-
-
-def test_signals_are_collected_and_handlers_put_back():
-    before = signal.getsignal(signal.SIGTERM)
-    with hooks.stop_signals() as received:
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert received == [signal.SIGTERM]
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # a second one ends it
-    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_progress_counts_images_and_shows_the_last_record():

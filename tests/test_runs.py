@@ -72,8 +72,8 @@ def test_a_run_from_four_devices_predicts_on_one_what_eval_reports(
 
 def test_opening_a_run_loads_no_data_set_library(elsewhere):
     _, modules = elsewhere
-    assert {"resjax", "jax", "orbax"} <= modules
-    unwanted = {"tensorflow_datasets", "grain", "sklearn", "tensorflow", "torch"}
+    assert {"resjax", "jax", "safetensors"} <= modules
+    unwanted = {"orbax", "tensorflow_datasets", "grain", "sklearn", "tensorflow", "torch"}
     assert not modules & unwanted
 
 

@@ -9,13 +9,11 @@ from functools import partial
 import cv2
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
-from conftest import ROOT
-from etils import epath
+from conftest import ROOT, saved
 
-from resjax import checkpoint, training
 from resjax import config as configs
+from resjax import training
 from resjax.models.resnet import MODELS
 
 # One worker runs all that share `digits_run`.
@@ -66,7 +64,7 @@ def test_a_run_leaves_its_files_and_nothing_else(digits_run):
     workdir = digits_run.workdir
     names = {p.name for p in workdir.iterdir() if not p.name.startswith("eval_")}
     (events,) = (name for name in names if name.startswith("events.out.tfevents."))
-    files = {"config.json", "metrics.jsonl", "curves.png", "checkpoints"}
+    files = {"config.json", "metrics.jsonl", "curves.png", "checkpoints", ".lock"}
     assert names == {events} | files
     assert sorted(int(p.name) for p in (workdir / "checkpoints").iterdir()) == [10, 20, 22]
 
@@ -76,7 +74,12 @@ def test_the_config_is_stored_with_what_the_command_line_set(digits_run):
     assert (config["num_epochs"], config["warmup_epochs"]) == (2.0, 0.5)  # set by flags
     assert (config["lr_per_256"], config["schedule"]) == (0.2, "cosine")  # by the file
     assert (config["momentum"], config["seed"]) == (0.9, 0)  # by default
-    assert config["checkpoint"] == {"every_steps": 10, "keep": 3}
+    assert config["checkpoint"] == {
+        "every_steps": 10,
+        "keep": 3,
+        "keep_every_steps": 0,
+        "best_metric": "none",
+    }
 
 
 def test_metrics_have_one_full_record_for_every_step_and_evaluation(digits_run):
@@ -172,9 +175,7 @@ def tiny(tiny_config, data_dir):
             fields = "batch_size=64", f"num_epochs={num_steps * 64 / 1437}", *words
             words = [f"--config.{field}" for field in fields]
             assert training.train(configs.override(config, words), workdir) == 0
-            with checkpoint.open_checkpoints(epath.Path(workdir)) as manager:
-                args = ocp.args.Composite(variables=ocp.args.StandardRestore())
-                return jax.device_get(manager.restore(num_steps, args=args)["variables"])
+            return saved(workdir, num_steps)
 
         yield train
 
@@ -217,10 +218,7 @@ def test_parameters_that_are_not_finite_end_the_run_and_the_last_good_ones_are_k
     assert f"checkpoint of step {latest} is kept" in line
     assert "--config.lr_per_256" in line
     assert all(math.isfinite(row["loss"]) for row in read_metrics(tmp_path))
-    with checkpoint.open_checkpoints(epath.Path(tmp_path)) as manager:
-        args = ocp.args.Composite(variables=ocp.args.StandardRestore())
-        variables = manager.restore(latest, args=args)["variables"]
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables))
+    assert all(np.isfinite(array).all() for array in saved(tmp_path, latest).values())
 
 
 @pytest.mark.slow
@@ -312,7 +310,5 @@ def test_the_default_command_learns_the_digits_and_twice_the_same(command, tmp_p
         assert (done.returncode, done.stderr) == (0, "")
         workdir = folder / "runs" / "digits"
         assert rows(workdir, "test")[-1]["top1"] >= 98.0
-        with checkpoint.open_checkpoints(epath.Path(workdir)) as manager:
-            args = ocp.args.Composite(variables=ocp.args.StandardRestore())
-            states.append(manager.restore(337, args=args)["variables"])
+        states.append(saved(workdir, 337))
     jax.tree.map(np.testing.assert_array_equal, *states)
