@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from resjax import config as configs
-from resjax import hosts, training
+from resjax import hosts, signals, training
 
 HERE = Path(__file__).resolve().parent
 
@@ -43,7 +43,12 @@ def parse(args: list[str]) -> tuple[configs.Config, str, dict[str, Any]]:
 def main(args: list[str]) -> int:
     """Runs the command; returns its exit code."""
     config, workdir, place = parse(args)
-    return hosts.run_together(lambda: training.train(config, workdir), **place)
+
+    def run() -> int:
+        with signals.stop_signals() as stop:
+            return training.train(config, workdir, stop)
+
+    return hosts.run_together(run, **place)
 
 
 if __name__ == "__main__":

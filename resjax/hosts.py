@@ -69,7 +69,7 @@ def run_together(
         set_here = {name: os.environ[name] for name in _CLUSTERS if name in os.environ}
         found = [name for name, value in set_here.items() if _CLUSTERS[name](value)]
         if not found and not _is_tpu_machine():
-            return run()
+            return _run_alone(run)
         shown = f"{' and '.join(found) or 'a TPU'}, which would be of several processes"
     try:
         if process_id and coordinator_address:
@@ -83,11 +83,11 @@ def run_together(
         )
     except (ValueError, RuntimeError, OSError) as error:
         if missing and not found and "coordinator_address" in str(error):
-            return run()  # a TPU machine that knows of no other
+            return _run_alone(run)  # a TPU machine that knows of no other
         hint = "" if not missing else "; the three flags of --help say it directly"
         raise UsageError(f"{shown}: cannot start: {error}{hint}") from error
     if jax.process_count() == 1:
-        return run()
+        return _run_alone(run)
     done = threading.Event()
     threading.Thread(target=_watch, args=(done,), daemon=True).start()
     try:
@@ -102,6 +102,14 @@ def run_together(
         code = 1
     done.set()
     if 0 < code < 128:  # not done, and not stopped by a signal after saving together
+        leave(code)
+    return code
+
+
+def _run_alone(run: Callable[[], int]) -> int:
+    """`run()`; after a signal the process ends, whatever still computes or reads."""
+    code = run()
+    if code > 128:
         leave(code)
     return code
 

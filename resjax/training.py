@@ -33,12 +33,17 @@ from resjax.steps import TrainState
 _LONG_WAIT = 20  # percent of the time without data
 
 
-def train(config: Config, workdir: str | epath.Path) -> int:
+def train(
+    config: Config,
+    workdir: str | epath.Path,
+    stop: signals.StopSignals | None = None,
+) -> int:
     """Trains the run of a config in a workdir, from where its last checkpoint stands.
 
     Args:
       config: of the run.
       workdir: folder of the run, made if need be.
+      stop: what ends it early, from `signals.stop_signals` in a process of its own.
 
     Returns:
       0 when the run is finished, 128 + n after it was stopped by signal n and saved.
@@ -50,21 +55,15 @@ def train(config: Config, workdir: str | epath.Path) -> int:
     """
     config = configs.validate(config)
     workdir = epath.Path(workdir).expanduser()
+    stop = stop or signals.StopSignals()
 
     def tell(signum: int) -> None:
         steps = checkpoint.list_steps(workdir)
         saved = f"step {steps[-1]} is saved" if steps else "nothing was saved yet"
         records.say(f"stopped by signal {signum}; {saved}")
 
-    with signals.stop_signals(tell) as stop:
-        try:
-            is_finished = _train(config, workdir, stop)
-        except signals.Stopped:  # with nothing to save
-            tell(stop.received[0])
-            if jax.process_count() > 1:  # the others do not know of it
-                signals.leave(128 + stop.received[0])
-            return 128 + stop.received[0]
-    if is_finished:
+    stop.tell = tell
+    if _train(config, workdir, stop):
         return 0
     signum = stop.received[0] if stop.received else signal.SIGTERM  # of another process
     tell(signum)
