@@ -4,6 +4,7 @@ python eval.py --workdir=runs/digits
 python eval.py --workdir=runs/imagenet_resnet50 --step=450000 --batch_size=500
 """
 
+import argparse
 import json
 
 from resjax import config as configs
@@ -11,6 +12,8 @@ from resjax import hosts, runs
 
 
 def _step(text: str) -> int | str:
+    if text != "best" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a step nor 'best'")
     return text if text == "best" else int(text)
 
 

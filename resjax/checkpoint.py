@@ -8,6 +8,7 @@ process reads by itself, on any devices. `checkpoint_writer.py` writes them.
 
 import dataclasses
 import json
+import os
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -19,8 +20,9 @@ from safetensors import numpy as safetensors
 
 from resjax.config import UsageError
 
-FORMAT = 2  # 1: arrays as orbax writes them, and neither digests nor model in the record
+FORMAT = 2  # 1: arrays as orbax writes them, whose flipped bytes nobody notices
 ITEMS = ("variables", "optimizer")
+_MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 Arrays = dict[str, np.ndarray]  # by path, such as params/stem/conv/kernel
 
@@ -57,8 +59,13 @@ def to_arrays(tree: Any) -> Arrays:
     return {_name(path): np.array(local(leaf), order="C") for path, leaf in leaves}
 
 
-def to_tree(arrays: Arrays, like: Any) -> Any:
+def to_tree(arrays: Arrays, like: Any, origin: Any) -> Any:
     """The tree of `arrays` that has the structure, shapes and types of `like`.
+
+    Args:
+      arrays: by path.
+      like: tree of arrays, or of their shapes.
+      origin: where the arrays are from, for the error.
 
     Raises:
       UsageError: the arrays are others; it names one.
@@ -68,11 +75,11 @@ def to_tree(arrays: Arrays, like: Any) -> Any:
     if set(arrays) != set(wanted):
         (name, *_) = odd = sorted(set(arrays) ^ set(wanted))
         said = "missing" if name in wanted else "unknown"
-        raise UsageError(f"{name} is {said} (of {len(odd)} such arrays)")
+        raise UsageError(f"{origin}: {name} is {said}, the first of {len(odd)} arrays")
     for name, leaf in wanted.items():
         if (arrays[name].shape, arrays[name].dtype) != (leaf.shape, leaf.dtype):
             raise UsageError(
-                f"{name} is {arrays[name].dtype} {list(arrays[name].shape)}, not "
+                f"{origin}: {name} is {arrays[name].dtype} {list(arrays[name].shape)}, not "
                 f"{leaf.dtype} {list(leaf.shape)}"
             )
     return jax.tree.unflatten(structure, [arrays[name] for name in wanted])
@@ -118,7 +125,7 @@ def read_directory(path: epath.Path, items: Sequence[str] = ITEMS) -> Checkpoint
 
     Raises:
       DamagedError: a file is missing, cut off or changed.
-      UsageError: it is of a newer format.
+      UsageError: it is of a newer format, or cannot be read at the moment.
     """
     try:
         if (path / "record").is_dir():
@@ -131,19 +138,24 @@ def read_directory(path: epath.Path, items: Sequence[str] = ITEMS) -> Checkpoint
                 f"{path} is of format {record['format']}, and this version of resjax reads "
                 f"formats up to {FORMAT}; a newer version opens it"
             )
+        saved = {item: record["arrays"][item] for item in items}
         arrays = {
             item: safetensors.load((path / "state" / f"{item}.safetensors").read_bytes())
             for item in items
         }
-    except UsageError:
+        if path.name.isdecimal() and int(path.name) != record["step"]:
+            raise DamagedError(f"{path} is damaged: it holds step {record['step']}")
+    except (UsageError, MemoryError):
         raise
     except Exception as error:  # of many kinds
-        text = " ".join(str(error).split())[:200]
-        raise DamagedError(f"{path} is damaged: {type(error).__name__}: {text}") from error
+        text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if isinstance(error, OSError) and not isinstance(error, _MISSING):
+            raise UsageError(f"{path} cannot be read: {text}") from error
+        raise DamagedError(f"{path} is damaged: {text}") from error
     for item in items:
-        found, saved = _describe(arrays[item]), record["arrays"][item]
-        for name in sorted(set(found) | set(saved)):
-            if found.get(name) != saved.get(name):
+        found = _describe(arrays[item])
+        for name in sorted(set(found) | set(saved[item])):
+            if found.get(name) != saved[item].get(name):
                 raise DamagedError(f"{path} is damaged: {item}: {name} is not as saved")
     return Checkpoint(record["step"], record, arrays)
 
@@ -152,19 +164,24 @@ def _read_format_1(path: epath.Path, items: Sequence[str]) -> Checkpoint:
     import orbax.checkpoint as ocp
 
     record = json.loads((path / "record" / "metadata").read_text())
-    arrays = {}
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        for item in items:
-            tree = reader.metadata(path / item).item_metadata.tree
-            as_numpy = jax.tree.map(
-                lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree
-            )
-            args = ocp.args.PyTreeRestore(restore_args=as_numpy)
-            arrays[item] = to_arrays(reader.restore(path / item, args=args))
+    arrays, reader = {}, ocp.PyTreeCheckpointHandler()
+    for item in items:
+        tree = reader.metadata(path / item).tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        args = ocp.args.PyTreeRestore(restore_args=as_numpy)
+        arrays[item] = to_arrays(reader.restore(path / item, args=args))
     return Checkpoint(int(path.name), {"format": 1, **record}, arrays)
 
 
 # --- workdirs -----------------------------------------------------------------------
+
+
+def to_path(path: str | os.PathLike) -> epath.Path:
+    """A path as the user gives it; raises `UsageError` for an unknown kind of it."""
+    try:
+        return epath.Path(path).expanduser()
+    except (KeyError, TypeError) as error:
+        raise UsageError(f"path: {path!r} is none that can be opened: {error}") from error
 
 
 def directory(workdir: epath.Path, step: int) -> epath.Path:
@@ -177,7 +194,10 @@ def list_steps(workdir: epath.Path) -> list[int]:
     folder = workdir / "checkpoints"
     if not folder.is_dir():
         return []
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+    paths = [path for path in folder.iterdir() if path.name.isdecimal()]
+    if "://" in str(workdir):  # where orbax cannot rename what it has written
+        paths = [path for path in paths if (path / "commit_success.txt").exists()]
+    return sorted(int(path.name) for path in paths)
 
 
 def read_latest(
@@ -198,7 +218,8 @@ def read_latest(
             damaged[step] = error
     if damaged:
         newest, *others = damaged.values()
-        raise UsageError(f"{newest}; so are the other {len(others)} of {workdir}")
+        so_are = f"; so are those of {[*damaged][1:]}" if others else ""
+        raise UsageError(f"{newest}{so_are}; there is no other, so start in a new workdir")
     return None, {}
 
 
@@ -215,13 +236,9 @@ def read(
     Raises:
       UsageError: no such folder, run or checkpoint, with what is there; or it is damaged.
     """
-    if any((path / name).is_dir() for name in ("state", "record")):
-        if step is not None:
-            raise UsageError(
-                f"step: {step}, but {path} is one checkpoint; give its workdir"
-            )
+    if step is None and is_checkpoint(path):
         return read_directory(path, items), {}
-    check_is_run(path)
+    check_is_run(path, step)
     steps = list_steps(path)
     if not steps:
         raise UsageError(f"there is no checkpoint in {path / 'checkpoints'}")
@@ -240,8 +257,15 @@ def read(
         raise DamagedError(f"{error}; other steps there: {others}") from error
 
 
-def check_is_run(workdir: epath.Path) -> None:
-    """Raises `UsageError` if there is no run; it lists what is there."""
+def is_checkpoint(path: epath.Path) -> bool:
+    """Whether it is one, and not a workdir."""
+    return any((path / name).is_dir() for name in ("state", "record"))
+
+
+def check_is_run(workdir: epath.Path, step: int | str | None) -> None:
+    """Raises `UsageError` if there is no run, with what is there."""
+    if is_checkpoint(workdir):
+        raise UsageError(f"step: {step}, but {workdir} is one checkpoint; give its workdir")
     if not workdir.is_dir():
         near = (
             sorted(path.name for path in workdir.parent.iterdir())

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.metadata
+import logging
 import platform
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -73,6 +74,9 @@ def open_writer(
       keep: steps there are, the newest last -> those to keep; the others are deleted
         after the newest is written.
     """
+    log = logging.getLogger("absl")  # where orbax also puts the errors that it raises
+    level = log.level
+    log.setLevel(logging.CRITICAL)
     manager = ocp.CheckpointManager(
         (workdir / "checkpoints").resolve(),
         options=ocp.CheckpointManagerOptions(
@@ -81,12 +85,14 @@ def open_writer(
     )
     try:
         yield manager
+        manager.close()
     except BaseException:
         if jax.process_count() == 1:
             with contextlib.suppress(Exception):  # it may be the error itself
                 manager.close()
         raise
-    manager.close()
+    finally:
+        log.setLevel(level)
 
 
 def save(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from resjax import build, build_data, records
+from resjax import build, build_data, checkpoint, records
 from resjax import config as configs
 from resjax.config import Config, DataConfig, UsageError
 from resjax.weights import from_torch
@@ -50,7 +50,9 @@ def write_checkpoint(
 
 def check_empty(workdir: str | epath.Path) -> epath.Path:
     """The path of a workdir to be made; raises `UsageError` if something is there."""
-    workdir = epath.Path(workdir).expanduser()
+    if not str(workdir):
+        raise UsageError("--workdir: '' is empty; give a folder")
+    workdir = checkpoint.to_path(workdir)
     if workdir.exists() and not (workdir.is_dir() and not any(workdir.iterdir())):
         raise UsageError(f"--workdir: {workdir} is not empty; choose another")
     return workdir

@@ -61,9 +61,8 @@ def run_together(
         "num_processes": num_processes,
         "process_id": process_id,
     }
-    missing = [f"--{name}" for name, value in given.items() if value is None]
-    if 0 < len(missing) < len(given):
-        raise UsageError(f"{', '.join(missing)}: missing; several hosts need all three")
+    _check_place(given)
+    missing = coordinator_address is None
     shown = ", ".join(f"--{name}={value}" for name, value in given.items())
     if missing:
         set_here = {name: os.environ[name] for name in _CLUSTERS if name in os.environ}
@@ -104,6 +103,25 @@ def run_together(
     if 0 < code < 128:  # not done, and not stopped by a signal after saving together
         leave(code)
     return code
+
+
+def _check_place(given: dict[str, Any]) -> None:
+    missing = [f"--{name}" for name, value in given.items() if value is None]
+    if len(missing) == len(given):
+        return
+    if missing:
+        raise UsageError(f"{', '.join(missing)}: missing; several hosts need all three")
+    address, num_processes, process_id = given.values()
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise UsageError(f"--coordinator_address: {address!r} is not HOST:PORT")
+    if num_processes < 1:
+        raise UsageError(f"--num_processes: {num_processes} is not 1 or more")
+    if not 0 <= process_id < num_processes:
+        raise UsageError(
+            f"--process_id: {process_id} is not from 0 to {num_processes - 1}, of "
+            f"--num_processes={num_processes}"
+        )
 
 
 def _run_alone(run: Callable[[], int]) -> int:

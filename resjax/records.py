@@ -9,6 +9,7 @@ import math
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import IO, Any
 
@@ -64,9 +65,14 @@ def read_metrics(workdir: epath.Path) -> list[Record]:
     path = workdir / "metrics.jsonl"
     try:
         lines = path.read_text().split("\n")[:-1] if path.exists() else []
-        return [json.loads(line) for line in lines]
-    except ValueError as error:
+        rows = [json.loads(line) for line in lines]
+    except (OSError, ValueError) as error:
         raise UsageError(f"{path} is damaged: {error}") from error
+    for i, row in enumerate(rows):
+        known = isinstance(row, dict) and type(row.get("step")) is int and "split" in row
+        if not known:
+            raise UsageError(f"{path} is damaged: line {i + 1} is no record of a step")
+    return rows
 
 
 def read_evaluations(workdir: epath.Path, last_step: float = math.inf) -> list[Record]:
@@ -121,13 +127,16 @@ def _locked(workdir: epath.Path, create: bool = True) -> Iterator[IO | None]:
     if hosts.is_main() and "://" not in str(workdir) and (create or path.exists()):
         import fcntl  # which Windows does not have
 
-        file = open(path, "a+")  # noqa: SIM115, closed below
         try:
+            file = open(path, "a+")  # noqa: SIM115, closed below
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            assert file
             file.seek(0)
             holder = file.read().strip() or "another process"
         except OSError as error:
+            if not file:
+                raise UsageError(f"--workdir: {path} cannot be opened: {error}") from error
             warn(f"{workdir} cannot be locked ({error}); start no second run in it")
     with file or contextlib.nullcontext():
         if hosts.is_same(holder is not None) and holder is None:
@@ -148,7 +157,10 @@ def open_metrics(
     Records after `start_step`, left by an interrupted run that will write them again,
     are removed.
     """
-    from tensorboardX import SummaryWriter
+    # Not SummaryWriter, whose thread dies on a full disk, and the run with it, silently.
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.proto.summary_pb2 import Summary
 
     if not hosts.is_main():
         yield lambda record: None
@@ -158,17 +170,28 @@ def open_metrics(
     draft = path.with_name(path.name + ".tmp")
     draft.write_text("".join(json.dumps(record) + "\n" for record in kept))
     draft.replace(path)
-    events = SummaryWriter(str(workdir), purge_step=start_step + 1, flush_secs=10)
+    events = EventsWriter(str(workdir / "events"))
+    start = SessionLog(status=SessionLog.START)  # TensorBoard drops what came after
+    events.write_event(Event(step=start_step + 1, session_log=start, wall_time=time.time()))
 
     def write(record: Record) -> None:
         with path.open("a") as file:
             file.write(json.dumps(record) + "\n")
-        for name, value in record.items():
-            if name not in ("step", "split"):
-                events.add_scalar(f"{record['split']}/{name}", value, record["step"])
+        values = [
+            Summary.Value(tag=f"{record['split']}/{name}", simple_value=value)
+            for name, value in record.items()
+            if name not in ("step", "split")
+        ]
+        event = Event(step=record["step"], summary=Summary(value=values))
+        event.wall_time = time.time()
+        events.write_event(event)
+        events.flush()
 
-    with events:
+    try:
         yield write
+    finally:
+        with contextlib.suppress(OSError):  # of a full disk, which `write` has told
+            events.close()
 
 
 def plot_curves(workdir: epath.Path, title: str) -> None:

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from resjax import checkpoint, records
 from resjax import config as configs
-from resjax import records
 from resjax.config import Config, UsageError
 
 _LAST_EPOCHS = 5
@@ -113,7 +113,7 @@ def read_run(workdir: str | epath.Path) -> Result | None:
     Raises:
       UsageError: the folder holds no run, or a damaged one; it lists what is there.
     """
-    workdir = epath.Path(workdir).expanduser()
+    workdir = checkpoint.to_path(workdir)
     config = _read_config(workdir)
     rows = records.read_metrics(workdir)
     try:
@@ -276,15 +276,20 @@ def main(args: list[str]) -> int:
     for name in ("csv", "plot"):
         if getattr(flags, name) == "":
             raise UsageError(f"--{name}: '' is empty; give a file")
+        folder = checkpoint.to_path(getattr(flags, name) or ".").parent
+        if not folder.is_dir():
+            path = getattr(flags, name)
+            raise UsageError(f"--{name}: {path}: there is no directory {folder}")
     rows = summarize(flags.runs)
-    if flags.csv:
-        _write("csv", flags.csv, format_csv(rows).encode())
+    files = {"csv": format_csv(rows).encode()} if flags.csv else {}
     if flags.plot:
         try:
             picture = draw_curves(rows, epath.Path(flags.plot).suffix[1:] or "png")
         except ValueError as error:
             raise UsageError(f"--plot: {flags.plot}: {error}") from error
-        _write("plot", flags.plot, picture)
+        files["plot"] = picture
+    for name, data in files.items():
+        _write(name, getattr(flags, name), data)
     print(format_table(rows))
     return 0
 

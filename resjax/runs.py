@@ -43,9 +43,12 @@ def evaluate(
     Raises:
       UsageError: no such checkpoint, split or data.
     """
-    workdir = epath.Path(workdir).expanduser()
+    workdir = checkpoint.to_path(workdir)
     found = _read(workdir, step)
-    config = configs.from_dict(found.record["config"])
+    try:
+        config = configs.from_dict(found.record["config"])
+    except UsageError as error:
+        raise UsageError(f"{workdir} is no run of this version: {error}") from error
     data = dataclasses.replace(config.data, dir=data_dir or config.data.dir)
     config = dataclasses.replace(config, data=data)
     eval_step, batches = build.build_evaluation(
@@ -62,7 +65,8 @@ def evaluate(
         "data": config.data.name,
     }
     with contextlib.suppress(OSError):  # a run may be kept where nobody can write
-        records.write_json(workdir / f"eval_{split}_{found.step}.json", result)
+        run = workdir.parent.parent if checkpoint.is_checkpoint(workdir) else workdir
+        records.write_json(run / f"eval_{split}_{found.step}.json", result)
     return result
 
 
@@ -99,11 +103,11 @@ class Restored:
 
 def _read(path: epath.Path, step: int | str | None) -> Checkpoint:
     """The variables of a checkpoint; says so if newer ones are damaged."""
-    if step == "best":
-        step = _best_step(path)
-    elif isinstance(step, str) or (step is not None and step < 0):
+    number: Any = _best_step(path) if step == "best" else step
+    is_step = isinstance(number, int | np.integer) and not isinstance(number, bool)
+    if number is not None and not (is_step and number >= 0):
         raise UsageError(f"step: {step!r} is neither a step nor 'best'")
-    found, damaged = checkpoint.read(path, step, items=["variables"])
+    found, damaged = checkpoint.read(path, number, items=["variables"])
     for error in damaged.values():
         records.warn(f"{error}; the one of step {found.step} is used")
     return found
@@ -111,7 +115,7 @@ def _read(path: epath.Path, step: int | str | None) -> Checkpoint:
 
 def _best_step(workdir: epath.Path) -> int:
     """The checkpoint of a workdir that evaluated best, by its `metrics.jsonl`."""
-    checkpoint.check_is_run(workdir)
+    checkpoint.check_is_run(workdir, "best")
     steps = checkpoint.list_steps(workdir)
     metric = "top1"
     if (workdir / "config.json").exists():
@@ -130,7 +134,8 @@ def _variables(found: Checkpoint, model: nn.Module) -> dict[str, Any]:
     """The variables as the model has them; raises `UsageError` if it has others."""
     images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     like = jax.eval_shape(model.init, jax.random.key(0), images)
-    return checkpoint.to_tree(found.arrays["variables"], like)
+    origin = f"the checkpoint of step {found.step}, as a {type(model).__name__}"
+    return checkpoint.to_tree(found.arrays["variables"], like, origin)
 
 
 def restore(path: str | epath.Path, step: int | str | None = None) -> Restored:
@@ -147,7 +152,7 @@ def restore(path: str | epath.Path, step: int | str | None = None) -> Restored:
       run = resjax.restore("runs/digits")
       run.class_names[run.predict(image).argmax()]
     """
-    found = _read(epath.Path(path).expanduser(), step)
+    found = _read(checkpoint.to_path(path), step)
     record = found.record
     config = configs.from_dict(record["config"], ignore_unknown=True)
     model = build.make_model(record.get("model") or build.describe_model(config))

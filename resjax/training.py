@@ -54,7 +54,7 @@ def train(
         written.
     """
     config = configs.validate(config)
-    workdir = epath.Path(workdir).expanduser()
+    workdir = checkpoint.to_path(workdir)
     stop = stop or signals.StopSignals()
 
     def tell(signum: int) -> None:
@@ -83,11 +83,12 @@ def _train(config: Config, workdir: epath.Path, stop: signals.StopSignals) -> bo
         )
         return True
     run = build.build_run(config)
-    state, origin = _first_state(config, run, latest)
+    state, origin = _first_state(config, run, workdir, latest)
     make_workdir(workdir)
     with records.lock(workdir):
         seen = [*damaged, *([latest.step] if latest else [])]
-        if checkpoint.list_steps(workdir)[-1:] != seen[:1]:
+        is_new = checkpoint.list_steps(workdir)[-1:] != seen[:1]
+        if not hosts.is_same(is_new) or is_new:
             raise UsageError(f"--workdir: another run has just written in {workdir}")
         put_aside(workdir, damaged)
         write_config(workdir, config)
@@ -111,6 +112,9 @@ def check_workdir(
         or is in use.
     """
     records.check_unlocked(workdir)
+    folder = workdir / "checkpoints"
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--workdir: {folder} is a file; choose another --workdir")
     if (workdir / "config.json").exists():
         _check_same(workdir, records.read_config(workdir), config)
     elif (workdir / "metrics.jsonl").exists():
@@ -130,13 +134,14 @@ def is_finished(workdir: epath.Path, latest: Checkpoint) -> bool:
 
 
 def _first_state(
-    config: Config, run: build.Run, latest: Checkpoint | None
+    config: Config, run: build.Run, workdir: epath.Path, latest: Checkpoint | None
 ) -> tuple[TrainState, str]:
     """Where a run starts, and the words for it."""
     if latest:
         like = jax.eval_shape(run.init_state)
+        path = checkpoint.directory(workdir, latest.step)
         variables, optimizer = (
-            checkpoint.to_tree(latest.arrays[item], getattr(like, item))
+            checkpoint.to_tree(latest.arrays[item], getattr(like, item), path)
             for item in checkpoint.ITEMS
         )
         state = TrainState(**variables, **optimizer)
@@ -155,7 +160,7 @@ def _init_from(path: str, state: TrainState) -> tuple[TrainState, str]:
       UsageError: there is no such run, or it is of another model.
     """
     try:
-        given, damaged = checkpoint.read(epath.Path(path).expanduser(), items=["variables"])
+        given, damaged = checkpoint.read(checkpoint.to_path(path), items=["variables"])
         arrays, own = given.arrays["variables"], checkpoint.to_arrays(state.variables)
         new_head = {
             name: own[name]
@@ -164,7 +169,9 @@ def _init_from(path: str, state: TrainState) -> tuple[TrainState, str]:
             and name in arrays
             and arrays[name].shape != own[name].shape
         }
-        variables = checkpoint.to_tree(arrays | new_head, state.variables)
+        variables = checkpoint.to_tree(
+            arrays | new_head, state.variables, f"step {given.step}"
+        )
     except UsageError as error:
         raise UsageError(f"config.init_from: {path}: {error}") from error
     for damage in damaged.values():
@@ -177,10 +184,16 @@ def _init_from(path: str, state: TrainState) -> tuple[TrainState, str]:
 def put_aside(workdir: epath.Path, damaged: dict[int, checkpoint.DamagedError]) -> None:
     """Renames damaged checkpoints, so that new ones can take their places, and says so."""
     for step, error in damaged.items():
-        records.warn(f"{error}; it is now {step}.damaged, and the one before is used")
-        if hosts.is_main():
-            path = checkpoint.directory(workdir, step)
-            path.rename(path.with_name(f"{step}.damaged"))
+        path = checkpoint.directory(workdir, step)
+        aside = path.with_name(f"{step}.damaged")
+        try:
+            if hosts.is_main():
+                if aside.is_dir():
+                    aside.rmtree()
+                path.rename(aside)
+        except OSError as failure:
+            raise UsageError(f"{error}; it cannot be renamed: {failure}") from failure
+        records.warn(f"{error}; it is now {aside.name}, and the one before is used")
     hosts.is_same(0)  # waits for all
 
 

@@ -1,25 +1,21 @@
-"""Bad input: exit code 2, one line that names what is wrong, and nothing written."""
+"""Bad command lines and config values: exit code 2, one line that says it, nothing done."""
 
 import runpy
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
+from resjax import hosts
+
 # One worker runs all that share `digits_run`.
 pytestmark = pytest.mark.xdist_group("runs")
 
-# Run as a user runs them; then what the answer has to contain.
-TRAIN_COMMANDS = {
-    "unknown field": (["--config.batchsize=3"], ["config", "'batchsize'", "batch_size"]),
-    "devices": (["--config.batch_size=130"], ["batch_size", "130", "4 dev", "128 or 132"]),
-    "data folder": (["--config.data.dir=nowhere"], ["data.dir", "nowhere", "no directory"]),
-    "unwritable": (["--workdir=file/run"], ["--workdir", "file/run"]),
-}
-
-# More of them, run in this process, which is faster.
-TRAIN_VARIANTS = [
+# A row: the words of a command line; then what the answer has to contain. RUN is a run with
+# checkpoints of steps 10 and 22; FILE is a file, EMPTY a folder with notes.txt.
+TRAIN = [
     ("digits", "'digits'", "--help"),
     ("--config.num_classes=11", "num_classes", "11", "digits", "10 "),
     ("--config.batch_size=abc", "batch_size", "'abc'", "whole number"),
@@ -82,28 +78,164 @@ TRAIN_VARIANTS = [
     ("--config=empty.py", "--config", "empty.py", "get_config"),
     ("--config=mine.py", "--config", "mine.py", "Config"),
     ("--config=wrong.py", "batch_size", "-3", "greater than 0"),
+    ("--config.checkpoint.every_steps=-1", "checkpoint.every_steps", "-1", "0 or more"),
+    ("--config.checkpoint.keep=1.5", "checkpoint.keep", "1.5", "whole number"),
+    ("--config.checkpoint.keep_every_steps=-1", "keep_every_steps", "-1", "0 or more"),
+    ("--config.checkpoint.keep_every_steps=x", "keep_every_steps", "'x'", "whole number"),
+    ("--config.checkpoint.best_metric=top2", "best_metric", "'top2'", "top1, top5, loss"),
+    ("--config.checkpoint.best=top1", "'checkpoint.best'", "checkpoint.best_metric"),
+    ("--config.init_from=", "config.init_from", "''", "empty"),
+    ("--config.optimizer=adam", "config.optimizer", "'adam'", "sgd, lars"),
+    ("--config.warmup=none,gradual", "config.warmup", "'none,gradual'", "gradual"),
+    ("--config.drop_epochs=30,x", "config.drop_epochs", "30,x", "separated by commas"),
+    ("--config.lr_per_256=1e999", "config.lr_per_256", "inf", "number"),
+    ("--workdir=file/run", "--workdir", "file/run", "cannot be written"),
+    ("--workdir=gs2://bucket/run", "--workdir", "gs2://bucket/run"),
+    ("--config.data.dir=tfds --config.data.name=cifar10", "tfds", "resjax.data cifar10"),
 ]
 
-EVAL_COMMANDS = {
-    "no flag": ([], ["--workdir"]),
-    "no step": (["--workdir=run", "--step=99"], ["99", "[10, 22]"]),
-}
+EVAL = [
+    ("", "--workdir"),
+    ("--workdir=rnu", "rnu", "no directory", "'run'"),
+    ("--workdir=empty", "empty", "checkpoints", "notes.txt"),
+    ("--workdir=", "--workdir", "empty"),
+    ("--workdir=nowhere/rnu", "nowhere/rnu", "no directory"),
+    ("--workdir=file", "file", "no directory"),
+    ("--workdir=gs2://bucket/run", "--workdir", "gs2://bucket/run"),
+    ("--workdir=run --step=99", "99", "[10, 22]"),
+    ("--workdir=run --step=20", "20", "[10, 22]"),
+    ("--workdir=run --step=abc", "--step", "'abc'", "best"),
+    ("--workdir=run --step=bset", "--step", "'bset'", "'best'"),
+    ("--workdir=run --step=1.5", "--step", "'1.5'", "'best'"),
+    ("--workdir=run --step=", "--step", "''", "'best'"),
+    ("--workdir=run --step=-1", "step", "-1", "neither a step nor 'best'"),
+    ("--workdir=run/checkpoints", "run/checkpoints", "['10', '22']"),
+    ("--workdir=run/checkpoints/99", "run/checkpoints/99", "['10', '22']"),
+    ("--workdir=run/checkpoints/22 --step=22", "step", "22", "one checkpoint", "workdir"),
+    ("--workdir=run/checkpoints/22 --step=best", "step", "'best'", "one checkpoint"),
+    ("--workdir=run --split=tset", "split", "'tset'", "test"),
+    ("--workdir=run --split=", "split", "''", "test", "train"),
+    ("--workdir=run --batch_size=0", "--batch_size", "0", "1 or more"),
+    ("--workdir=run --batch_size=-7", "--batch_size", "-7", "1 or more"),
+    ("--workdir=run --batch_size=x", "--batch_size", "'x'"),
+    ("--workdir=run --data_dir=nowhere", "dir", "nowhere", "no directory"),
+    ("--workdir=run --data_dir=file", "dir", "file", "no directory"),
+    ("--workdir=run --data_dir=", "--data_dir", "empty"),
+    ("--workdir=run --stpe=3", "--stpe=3"),
+    ("--workdir=run quickly", "quickly"),
+]
 
-EVAL_VARIANTS = [
-    (["--workdir=rnu"], ["rnu", "no directory", "'run'"]),
-    (["--workdir=empty"], ["empty", "checkpoints", "notes.txt"]),
-    (["--workdir="], ["--workdir", "empty"]),
-    (["--workdir=nowhere/rnu"], ["nowhere/rnu", "no directory"]),
-    (["--workdir=file"], ["file", "no directory"]),
-    (["--workdir=run", "--step=abc"], ["--step", "'abc'"]),
-    (["--workdir=run", "--step=-1"], ["-1", "[10, 22]"]),
-    (["--workdir=run", "--split=tset"], ["split", "'tset'", "test"]),
-    (["--workdir=run", "--batch_size=0"], ["--batch_size", "0", "1 or more"]),
-    (["--workdir=run", "--batch_size=-7"], ["--batch_size", "-7", "1 or more"]),
-    (["--workdir=run", "--batch_size=x"], ["--batch_size", "'x'"]),
-    (["--workdir=run", "--data_dir=nowhere"], ["dir", "nowhere", "no directory"]),
-    (["--workdir=run", "--stpe=3"], ["--stpe=3"]),
-    (["--workdir=run", "quickly"], ["quickly"]),
+DATA = [
+    ("", "DATASET"),
+    ("dgits", "DATASET", "'dgits'", "digits"),
+    ("digits cifar10", "cifar10"),
+    ("digits --smaple=3", "--smaple=3"),
+    ("digits --data_dir=nowhere", "data.dir", "nowhere", "no directory"),
+    ("digits --data_dir=file", "data.dir", "file", "no directory"),
+    ("digits --data_dir=", "--data_dir", "''", "empty"),
+    ("digits --sample=0", "--sample", "0", "greater than 0"),
+    ("digits --sample=-3", "--sample", "-3", "greater than 0"),
+    ("digits --sample=x", "--sample", "'x'"),
+    ("digits --splits=train,tset", "--splits", "'tset'", "test"),
+    ("digits --splits=", "--splits", "''", "test", "train"),
+    ("digits --shrink=0", "--shrink", "0", "16 to 8192"),
+    ("digits --shrink=8193", "--shrink", "8193", "16 to 8192"),
+    ("digits --shrink=x", "--shrink", "'x'"),
+    ("digits --shrink=64 --quality=0", "--quality", "0", "1 to 100"),
+    ("digits --quality=101", "--quality", "101", "1 to 100"),
+    ("digits --to=new", "--to", "--shrink=SIDE"),
+    ("digits --to=", "--to", "''", "empty"),
+    ("digits --shrink=64 --to=", "--to", "''", "empty"),
+    ("digits --shrink=64 --to=file", "--to", "file", "no directory"),
+    ("digits --shrink=64 --to=file/new", "--to", "file/new"),
+    ("folder", "data.dir", "None", "folder of images"),
+    ("folder --data_dir=nowhere", "data.dir", "nowhere", "no directory"),
+    ("folder --data_dir=empty", "data.dir", "empty/train", "train/CLASS/IMAGE"),
+]
+
+CONVERT = [
+    ("", "WEIGHTS", "--model", "--workdir"),
+    ("file --workdir=new", "--model"),
+    ("file --model=resnet50", "--workdir"),
+    ("file --model=resnet50 --workdir=", "--workdir", "''", "give a folder"),
+    ("file --model=resnet50 --workdir=empty", "--workdir", "empty", "not empty"),
+    ("file --model=resnet50 --workdir=file", "--workdir", "file"),
+    ("file --model= --workdir=new", "model", "''", "empty"),
+    ("file --model=resnet51 --workdir=new", "file", ".safetensors", ".pth"),
+    ("file --model=resnet50 --workdir=new --steps=3", "--steps=3"),
+    ("file more --model=resnet50 --workdir=new", "'more'"),
+    ("file --model=resnet50 --workdir=new --config.batch_size=x", "batch_size", "'x'"),
+    ("file --model=resnet50 --workdir=new --config.btch=8", "'btch'", "batch_size"),
+    ("nowhere.pth --model=resnet50 --workdir=new", "weights", "nowhere.pth", "no file"),
+    ("empty --model=resnet50 --workdir=new", "weights", "empty", "no file"),
+]
+
+REPORT = [
+    ("", "RUN"),
+    ("rnu", "no directory", "rnu", "'run'"),
+    ("file", "file", "no directory"),
+    ("empty", "empty", "no run", "notes.txt"),
+    ("run empty", "empty", "no run", "notes.txt"),
+    ("run run", "run and run", "config.seed=0"),
+    ("run --json=new", "--json=new"),
+    ("run --csv=", "--csv", "''", "empty"),
+    ("run --csv=nowhere/new.csv", "--csv", "nowhere/new.csv", "cannot be written"),
+    ("run --csv=empty", "--csv", "empty", "cannot be written"),
+    ("run --plot=", "--plot", "''", "empty"),
+    ("run --plot=nowhere/new.png", "--plot", "nowhere/new.png", "cannot be written"),
+    ("run --plot=new.bmpp", "--plot", "new.bmpp", "png", "svg"),
+    ("run --csv=new.csv --plot=new.bmpp", "--plot", "new.bmpp", "png"),
+    ("run --csv=new.csv --plot=nowhere/new.png", "--plot", "nowhere/new.png"),
+]
+
+# For train.py and eval.py.
+_HERE = "--coordinator_address=localhost:1"
+CLUSTER = [
+    ("--num_processes=2", "--coordinator_address, --process_id", "all three"),
+    ("--process_id=0", "--coordinator_address, --num_processes", "all three"),
+    (_HERE, "--num_processes, --process_id", "all three"),
+    ("--num_processes=2 --process_id=1", "--coordinator_address", "all three"),
+    (f"{_HERE} --num_processes=x --process_id=0", "--num_processes", "'x'"),
+    (f"{_HERE} --num_processes=2 --process_id=1.5", "--process_id", "'1.5'"),
+    (f"{_HERE} --num_processes=0 --process_id=0", "--num_processes", "0", "1 or more"),
+    (f"{_HERE} --num_processes=2 --process_id=2", "--process_id", "2", "from 0 to 1"),
+    (f"{_HERE} --num_processes=2 --process_id=-1", "--process_id", "-1", "from 0 to 1"),
+    (f"{_HERE} --num_processes=2 --process_id=1", "localhost:1", "refused"),
+    (
+        "--coordinator_address=localhost --num_processes=2 --process_id=1",
+        *("--coordinator_address", "localhost", "HOST:PORT"),
+    ),
+]
+
+# Run as a user runs them.
+IN_A_PROCESS = [
+    ("train.py", "--config.batchsize=3", "config", "'batchsize'", "batch_size"),
+    ("train.py", "--config.batch_size=130", "batch_size", "130", "4 dev", "128 or 132"),
+    ("train.py", "--config.data.dir=nowhere", "data.dir", "nowhere", "no directory"),
+    ("train.py", "--workdir=file/run", "--workdir", "file/run"),
+    ("eval.py", "", "--workdir"),
+    ("eval.py", "--workdir=run --step=99", "99", "[10, 22]"),
+]
+
+# How the line begins.
+PROGRAMS = {
+    "train.py": "train.py",
+    "eval.py": "eval.py",
+    "resjax/data/__main__.py": "python -m resjax.data",
+    "resjax/convert.py": "convert.py",
+    "resjax/report.py": "report.py",
+}
+ROWS = [
+    *(("train.py", *row) for row in TRAIN),
+    *(("eval.py", *row) for row in EVAL),
+    *(("resjax/data/__main__.py", *row) for row in DATA),
+    *(("resjax/convert.py", *row) for row in CONVERT),
+    *(("resjax/report.py", *row) for row in REPORT),
+    *(
+        (name, f"--workdir=run {flags}", *row)
+        for name in ("train.py", "eval.py")
+        for flags, *row in CLUSTER
+    ),
 ]
 
 CONFIGS = {
@@ -124,105 +256,71 @@ CONFIGS = {
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(tmp_path, digits_run, monkeypatch):
+    """Where the command is started: files of all kinds, and the run `run`."""
     (tmp_path / "file").write_text("no folder")
+    for name in ("empty", "tfds"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes.txt").write_text("no run")
     for name, text in CONFIGS.items():
         (tmp_path / name).write_text(text)
+    shutil.copytree(digits_run.workdir, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "20")  # so that the list has a gap
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-@pytest.fixture
-def folder_with_run(folder, digits_run):
-    shutil.copytree(digits_run.workdir, folder / "run")
-    shutil.rmtree(folder / "run" / "checkpoints" / "20")  # so that the list has a gap
-    (folder / "empty").mkdir()
-    (folder / "empty" / "notes.txt").write_text("no run")
-    return folder
 
 
 def contents(folder):
     return {p: p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
 
 
-@pytest.fixture
-def run_here(monkeypatch, capfd):
-    def run(script, *flags):
-        monkeypatch.setattr(sys, "argv", [script, *flags])
-        with pytest.raises(SystemExit) as stop:
-            runpy.run_path(str(ROOT / script), run_name="__main__")
-        return stop.value.code, *capfd.readouterr()
-
-    return run
-
-
 def check_refusal(script, code, out, err, words):
-    assert (code, out) == (2, "")
-    assert err.startswith(f"{script}: error: ") and err.endswith("\n")
+    assert (code, out) == (2, ""), err
+    assert err.startswith(f"{PROGRAMS[script]}: error: ") and err.endswith("\n"), err
     assert err.count("\n") == 1, err
     for word in words:
         assert word in err
 
 
-@pytest.mark.parametrize(("flags", "words"), TRAIN_COMMANDS.values(), ids=TRAIN_COMMANDS)
-def test_train_refuses_in_one_line_and_writes_nothing(command, folder, flags, words):
-    before = contents(folder)
-    done = command("train.py", *flags, devices=4, cwd=folder)
-    check_refusal("train.py", done.returncode, done.stdout, done.stderr, words)
-    assert contents(folder) == before
+@pytest.fixture
+def refuses(monkeypatch, capfd):
+    """refuses("train.py", ["--flag"], ["word"]) runs it in this process: that is fast."""
+    # A process 0 that is not there is not waited for.
+    monkeypatch.setattr(hosts, "_MEET_SECONDS", 0)
+
+    def check(script, flags, words):
+        capfd.readouterr()  # what came before
+        before = contents(Path.cwd())
+        monkeypatch.setattr(sys, "argv", [script, *flags])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        check_refusal(script, stop.value.code, *capfd.readouterr(), words)
+        assert contents(Path.cwd()) == before
+
+    return check
 
 
-@pytest.mark.parametrize(("flag", "words"), [(flag, w) for flag, *w in TRAIN_VARIANTS])
-def test_train_refuses_each_variant(run_here, folder, flag, words):
-    before = contents(folder)
-    check_refusal("train.py", *run_here("train.py", flag), words)
-    assert contents(folder) == before
+def name_of(row):
+    return " ".join(row[:2])
 
 
-@pytest.mark.parametrize(("flags", "words"), EVAL_COMMANDS.values(), ids=EVAL_COMMANDS)
-def test_eval_refuses_in_one_line_and_writes_nothing(
-    command, folder_with_run, flags, words
+@pytest.mark.parametrize("row", ROWS, ids=name_of)
+def test_a_wrong_command_line_is_refused_in_one_line_and_changes_nothing(
+    refuses, folder, row
 ):
-    before = contents(folder_with_run)
-    done = command("eval.py", *flags, cwd=folder_with_run)
-    check_refusal("eval.py", done.returncode, done.stdout, done.stderr, words)
-    assert contents(folder_with_run) == before
+    script, flags, *words = row
+    refuses(script, flags.split(), words)
 
 
-@pytest.mark.parametrize(("flags", "words"), EVAL_VARIANTS)
-def test_eval_refuses_each_variant(run_here, folder_with_run, flags, words):
-    before = contents(folder_with_run)
-    check_refusal("eval.py", *run_here("eval.py", *flags), words)
-    assert contents(folder_with_run) == before
-
-
-def test_a_data_set_that_is_not_prepared_is_answered_with_what_to_run(run_here, folder):
-    (folder / "tfds").mkdir()
-    flags = "--config.data.name=cifar10", f"--config.data.dir={folder / 'tfds'}"
-    words = ["cifar10", str(folder / "tfds"), "run: ", "python -m resjax.data cifar10"]
-    check_refusal("train.py", *run_here("train.py", *flags), words)
-    assert not list((folder / "tfds").iterdir())
-
-
-def test_a_workdir_of_another_config_is_left_as_it_is(command, folder_with_run, digits_run):
-    before = contents(folder_with_run)
-    other = "--workdir=run", "--config.seed=3", "--config.dtype=bfloat16"
-    done = command("train.py", *digits_run.flags, *other, cwd=folder_with_run)
-    words = ["run", "config.seed", "0", "3", "config.dtype", "bfloat16", "--workdir"]
-    check_refusal("train.py", done.returncode, done.stdout, done.stderr, words)
-    assert contents(folder_with_run) == before
-
-
-def test_a_workdir_whose_config_cannot_be_read_is_left_as_it_is(run_here, folder):
-    (folder / "run").mkdir()
-    (folder / "run" / "config.json").write_text('{"batch')
+@pytest.mark.parametrize("row", IN_A_PROCESS, ids=name_of)
+def test_a_process_refuses_in_one_line_and_changes_nothing(command, folder, row):
+    script, flags, *words = row
     before = contents(folder)
-    answer = run_here("train.py", "--workdir=run")
-    check_refusal("train.py", *answer, ["run/config.json"])
+    done = command(script, *flags.split(), devices=4, cwd=folder)
+    check_refusal(script, done.returncode, done.stdout, done.stderr, words)
     assert contents(folder) == before
 
 
-def test_a_workdir_without_a_finished_checkpoint_has_nothing_to_evaluate(run_here, folder):
-    (folder / "run" / "checkpoints").mkdir(parents=True)
-    answer = run_here("eval.py", "--workdir=run")
-    check_refusal("eval.py", *answer, ["no checkpoint", "run/checkpoints"])
+def test_rows_are_many_and_no_two_are_the_same():
+    asked = [tuple(row[:2]) for row in ROWS]
+    assert len(set(asked)) == len(asked) >= 110

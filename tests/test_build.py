@@ -184,3 +184,17 @@ def test_the_optimizer_takes_its_numbers_from_the_config(nesterov):
     updates, _ = tx.update({"head": {"kernel": np.ones((1, 1))}}, tx.init(params), params)
     expected = -0.1 * 1.25 * (1.5 if nesterov else 1)
     np.testing.assert_allclose(updates["head"]["kernel"], [[expected]], rtol=1e-6)
+
+
+def test_checkpoints_kept_are_the_latest_multiples_and_the_best():
+    steps = list(range(10, 110, 10))
+
+    def kept(best=None, **fields):
+        config = dataclasses.replace(Config(), checkpoint=CheckpointConfig(**fields))
+        return sorted(build.build_keep(config, lambda steps: best)(steps))
+
+    assert kept(keep=2) == [90, 100]
+    assert kept(keep=1, keep_every_steps=40) == [40, 80, 100]
+    assert kept(keep=1, best=30) == [30, 100]
+    assert kept(keep=99) == steps
+    assert kept(keep=2, best=35) == [90, 100]  # which has no checkpoint

@@ -46,7 +46,7 @@ def test_a_state_from_eight_devices_returns_bitwise(workdir):
     assert (found.step, found.record["seed"], damaged) == (3, 3, {})
     for item in checkpoint.ITEMS:
         wanted = getattr(state, item)
-        tree = checkpoint.to_tree(found.arrays[item], wanted)
+        tree = checkpoint.to_tree(found.arrays[item], wanted, workdir)
         jax.tree.map(np.testing.assert_array_equal, tree, wanted)
         assert jax.tree.structure(tree) == jax.tree.structure(wanted)
 
@@ -106,7 +106,7 @@ def test_what_is_being_written_or_was_put_aside_is_no_checkpoint(workdir):
 @pytest.mark.parametrize(
     "change, said",
     [
-        (lambda a: a.pop("b"), "b is missing"),
+        (lambda a: a.pop("b"), "here: b is missing, the first of 1"),
         (lambda a: a.update(c=np.zeros(1)), "c is unknown"),
         (lambda a: a.update(b=np.zeros(3, np.float32)), r"b is float32 \[3\], not .*\[2\]"),
         (lambda a: a.update(b=np.zeros(2, np.int32)), r"b is int32 \[2\], not float32"),
@@ -117,7 +117,7 @@ def test_arrays_of_another_tree_are_refused_by_name(change, said):
     arrays = dict(like)
     change(arrays)
     with pytest.raises(UsageError, match=said):
-        checkpoint.to_tree(arrays, like)
+        checkpoint.to_tree(arrays, like, "here")
 
 
 # --- other versions -----------------------------------------------------------------

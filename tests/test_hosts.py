@@ -2,6 +2,7 @@
 
 import jax
 import pytest
+from jax._src import distributed
 
 from resjax import hosts
 from resjax.config import UsageError
@@ -120,7 +121,7 @@ def test_a_cluster_that_does_not_say_enough_is_named(started, monkeypatch):
         (
             "train.py",
             ["--coordinator_address=localhost:1", "--num_processes=0", "--process_id=0"],
-            ["--process_id=0", "--num_processes=0", "cannot start"],
+            ["--num_processes: 0 is not 1 or more"],
         ),
         ("train.py", ["--process_id=x"], ["--process_id", "'x'"]),
     ],
@@ -130,3 +131,19 @@ def test_flags_that_do_not_fit_are_one_line(script, flags, named, command):
     assert done.returncode == 2 and done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"{script}: error: ") and all(part in line for part in named)
+
+
+def test_a_notice_of_preemption_comes_from_the_manager_of_jax(monkeypatch):
+    assert not hosts.is_preempted(3)  # alone there is none
+    asked = []
+
+    class Manager:
+        def reached_sync_point(self, step):
+            asked.append(step)
+            return step == 5
+
+    state = distributed.global_state
+    monkeypatch.setattr(state, "preemption_sync_manager", Manager())
+    monkeypatch.setattr(state, "client", object())
+    assert [hosts.is_preempted(step) for step in (4, 5)] == [False, True]
+    assert asked == [4, 5]

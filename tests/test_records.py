@@ -1,12 +1,15 @@
 """What a run writes down: each step once after a resume, readable by its tools."""
 
 import json
+import os
+from contextlib import nullcontext
 
 import pytest
 from etils import epath
 from tensorboardX.proto.event_pb2 import Event
 
 from resjax import records
+from resjax.config import UsageError
 
 
 def record(step, split="train", loss=1.0):
@@ -79,3 +82,54 @@ def test_curves_are_a_picture_with_and_without_test_records(workdir):
                 write(row)
         records.plot_curves(workdir, "title")
         assert (workdir / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+EVALUATIONS = [
+    {**record(2, "test", loss=0.9), "top1": 50.0},
+    {**record(4, "test", loss=0.2), "top1": 70.0},
+    {**record(6, "test", loss=0.3), "top1": 80.0},
+    {**record(8, "test", loss=0.1), "top1": 80.0},
+]
+
+
+@pytest.mark.parametrize(
+    "metric, steps, best",
+    [
+        ("top1", [2, 4, 6, 8], 6),  # the first of equals
+        ("top1", [2, 4, 8], 8),  # of those that have a checkpoint
+        ("loss", [2, 4, 6, 8], 8),
+        ("loss", [2, 4, 6], 4),
+        ("none", [2, 4], None),
+        ("top1", [3, 5], None),
+        ("loss", [], None),
+    ],
+)
+def test_the_best_is_the_highest_accuracy_or_the_lowest_loss(metric, steps, best):
+    assert records.best_step(EVALUATIONS, metric, steps) == best
+
+
+def test_evaluations_are_those_up_to_a_step(workdir):
+    with records.open_metrics(workdir, 0) as write:
+        for row in (*EVALUATIONS, record(4), record(9)):
+            write(row)
+    assert [r["step"] for r in records.read_evaluations(workdir, 5)] == [2, 4]
+    assert [r["step"] for r in records.read_evaluations(workdir)] == [2, 4, 6, 8]
+
+
+def test_a_workdir_is_held_by_one_at_a_time(workdir):
+    with records.lock(workdir):
+        said = f"in use by process {os.getpid()} on {os.uname().nodename}; stop that, or"
+        before = (workdir / ".lock").read_bytes()
+        for other in (records.lock(workdir), nullcontext()):
+            with pytest.raises(UsageError, match=said), other:
+                records.check_unlocked(workdir)
+        assert (workdir / ".lock").read_bytes() == before
+    records.check_unlocked(workdir)
+    with records.lock(workdir):
+        pass
+
+
+def test_looking_whether_a_workdir_is_held_makes_nothing(workdir):
+    records.check_unlocked(workdir)
+    records.check_unlocked(workdir / "nowhere")
+    assert list(workdir.iterdir()) == []

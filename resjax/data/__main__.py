@@ -47,6 +47,9 @@ def _parse(args: list[str]) -> argparse.Namespace:
 
 
 def _check_shrink(flags: argparse.Namespace) -> None:
+    for name in ("data_dir", "to"):
+        if getattr(flags, name) == "":
+            raise UsageError(f"--{name}: '' is empty; give a folder")
     if flags.to and flags.shrink is None:
         raise UsageError("--to: it is for --shrink=SIDE")
     for name, allowed in (("shrink", shrink.SIDES), ("quality", shrink.QUALITIES)):

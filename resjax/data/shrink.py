@@ -87,10 +87,11 @@ def _shrunk(
 
 
 def check_target(name: str, to: str) -> None:
-    """Raises `UsageError` if there is a data set of this name in the folder."""
+    """Raises `UsageError` if there is a data set of this name, or can be no folder."""
     root = Path(to).expanduser()
-    if root.exists() and not root.is_dir():
-        raise UsageError(f"--to: {to} is no directory")
+    there = next(path for path in (root, *root.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UsageError(f"--to: {to} cannot be made: {there} is no directory")
     parts = get_dataset(name).splits.values() if name == "folder" else [name]
     for part in parts:
         if (root / part).exists():
@@ -161,14 +162,15 @@ def _write_tfds(
     examples: dict[str, Iterator[_Example]],
     splits: dict[str, TfdsSource],
     builder: tfds.core.DatasetBuilder,
+    name: str,
     root: Path,
 ) -> int:
     """Writes a data set of tfds, of image and label; returns how many were re-encoded."""
-    directory = root / builder.name / str(builder.version)
+    directory = root / name / str(builder.version)
     directory.mkdir(parents=True)
     total, infos = 0, []
     for split, source in splits.items():
-        prefix = directory / f"{builder.name}-{split}"
+        prefix = directory / f"{name}-{split}"
         num_reencoded, num_bytes = _write_shards(examples[split], source, prefix)
         total += num_reencoded
         infos.append(
@@ -221,7 +223,8 @@ def shrink(name: str, data_dir: str | None, to: str, side: int, quality: int) ->
     with _all_or_nothing(to) as root:
         if name == "folder":
             return sum(_write_folder(examples[s], splits[s], root) for s in splits)
-        return _write_tfds(examples, splits, sources.open_builder(name, data_dir), root)
+        builder = sources.open_builder(name, data_dir)
+        return _write_tfds(examples, splits, builder, name, root)
 
 
 # --- what has changed ---------------------------------------------------------------

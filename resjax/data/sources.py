@@ -301,6 +301,10 @@ def _open_tfds(name: str, data_dir: str | None, split: str) -> TfdsSource:
         raise unknown_name("split", split, builder.info.splits)
     shards = [str(path) for path in builder.info.splits[split].filepaths]
     counts = list(builder.info.splits[split].shard_lengths)
+    folder = os.path.normpath(builder.data_dir)
+    for path in shards:
+        if os.path.dirname(os.path.normpath(path)) != folder:  # dataset_info.json says so
+            raise UsageError(f"{path}: the shard is outside its data set's folder {folder}")
     with ThreadPoolExecutor(DISK_THREADS) as threads:
         there = list(threads.map(lambda path: epath.Path(path).exists(), shards))
     if not all(there):
