@@ -36,11 +36,13 @@ class Checkpoint:
     """What was saved after a step.
 
     Attributes:
+      path: of its folder.
       step: updates finished.
       record: what `record.json` says.
       arrays: {"variables", "optimizer"}, or those that were asked for.
     """
 
+    path: epath.Path
     step: int
     record: dict[str, Any]
     arrays: dict[str, Arrays]
@@ -157,7 +159,7 @@ def read_directory(path: epath.Path, items: Sequence[str] = ITEMS) -> Checkpoint
         for name in sorted(set(found) | set(saved[item])):
             if found.get(name) != saved[item].get(name):
                 raise DamagedError(f"{path} is damaged: {item}: {name} is not as saved")
-    return Checkpoint(record["step"], record, arrays)
+    return Checkpoint(path, record["step"], record, arrays)
 
 
 def _read_format_1(path: epath.Path, items: Sequence[str]) -> Checkpoint:
@@ -170,18 +172,18 @@ def _read_format_1(path: epath.Path, items: Sequence[str]) -> Checkpoint:
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         args = ocp.args.PyTreeRestore(restore_args=as_numpy)
         arrays[item] = to_arrays(reader.restore(path / item, args=args))
-    return Checkpoint(int(path.name), {"format": 1, **record}, arrays)
+    return Checkpoint(path, int(path.name), {"format": 1, **record}, arrays)
 
 
 # --- workdirs -----------------------------------------------------------------------
 
 
-def to_path(path: str | os.PathLike) -> epath.Path:
-    """A path as the user gives it; raises `UsageError` for an unknown kind of it."""
+def to_path(path: str | os.PathLike, name: str = "--workdir") -> epath.Path:
+    """A path as the user gives it; raises `UsageError`, with its name, if it is none."""
     try:
         return epath.Path(path).expanduser()
     except (KeyError, TypeError) as error:
-        raise UsageError(f"path: {path!r} is none that can be opened: {error}") from error
+        raise UsageError(f"{name}: {path!r} is no path that is known here") from error
 
 
 def directory(workdir: epath.Path, step: int) -> epath.Path:
@@ -265,7 +267,9 @@ def is_checkpoint(path: epath.Path) -> bool:
 def check_is_run(workdir: epath.Path, step: int | str | None) -> None:
     """Raises `UsageError` if there is no run, with what is there."""
     if is_checkpoint(workdir):
-        raise UsageError(f"step: {step}, but {workdir} is one checkpoint; give its workdir")
+        raise UsageError(
+            f"step: {step!r}, but {workdir} is one checkpoint; give its workdir"
+        )
     if not workdir.is_dir():
         near = (
             sorted(path.name for path in workdir.parent.iterdir())

@@ -279,7 +279,9 @@ def main(args: list[str]) -> int:
         folder = checkpoint.to_path(getattr(flags, name) or ".").parent
         if not folder.is_dir():
             path = getattr(flags, name)
-            raise UsageError(f"--{name}: {path}: there is no directory {folder}")
+            raise UsageError(
+                f"--{name}: {path} cannot be written: there is no directory {folder}"
+            )
     rows = summarize(flags.runs)
     files = {"csv": format_csv(rows).encode()} if flags.csv else {}
     if flags.plot:

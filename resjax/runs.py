@@ -134,8 +134,7 @@ def _variables(found: Checkpoint, model: nn.Module) -> dict[str, Any]:
     """The variables as the model has them; raises `UsageError` if it has others."""
     images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     like = jax.eval_shape(model.init, jax.random.key(0), images)
-    origin = f"the checkpoint of step {found.step}, as a {type(model).__name__}"
-    return checkpoint.to_tree(found.arrays["variables"], like, origin)
+    return checkpoint.to_tree(found.arrays["variables"], like, found.path)
 
 
 def restore(path: str | epath.Path, step: int | str | None = None) -> Restored:
@@ -152,7 +151,7 @@ def restore(path: str | epath.Path, step: int | str | None = None) -> Restored:
       run = resjax.restore("runs/digits")
       run.class_names[run.predict(image).argmax()]
     """
-    found = _read(checkpoint.to_path(path), step)
+    found = _read(checkpoint.to_path(path, "path"), step)
     record = found.record
     config = configs.from_dict(record["config"], ignore_unknown=True)
     model = build.make_model(record.get("model") or build.describe_model(config))

@@ -83,7 +83,7 @@ def _train(config: Config, workdir: epath.Path, stop: signals.StopSignals) -> bo
         )
         return True
     run = build.build_run(config)
-    state, origin = _first_state(config, run, workdir, latest)
+    state, origin = _first_state(config, run, latest)
     make_workdir(workdir)
     with records.lock(workdir):
         seen = [*damaged, *([latest.step] if latest else [])]
@@ -134,14 +134,13 @@ def is_finished(workdir: epath.Path, latest: Checkpoint) -> bool:
 
 
 def _first_state(
-    config: Config, run: build.Run, workdir: epath.Path, latest: Checkpoint | None
+    config: Config, run: build.Run, latest: Checkpoint | None
 ) -> tuple[TrainState, str]:
     """Where a run starts, and the words for it."""
     if latest:
         like = jax.eval_shape(run.init_state)
-        path = checkpoint.directory(workdir, latest.step)
         variables, optimizer = (
-            checkpoint.to_tree(latest.arrays[item], getattr(like, item), path)
+            checkpoint.to_tree(latest.arrays[item], getattr(like, item), latest.path)
             for item in checkpoint.ITEMS
         )
         state = TrainState(**variables, **optimizer)
@@ -160,7 +159,8 @@ def _init_from(path: str, state: TrainState) -> tuple[TrainState, str]:
       UsageError: there is no such run, or it is of another model.
     """
     try:
-        given, damaged = checkpoint.read(checkpoint.to_path(path), items=["variables"])
+        origin = checkpoint.to_path(path, "a workdir or checkpoint")
+        given, damaged = checkpoint.read(origin, items=["variables"])
         arrays, own = given.arrays["variables"], checkpoint.to_arrays(state.variables)
         new_head = {
             name: own[name]
@@ -173,12 +173,12 @@ def _init_from(path: str, state: TrainState) -> tuple[TrainState, str]:
             arrays | new_head, state.variables, f"step {given.step}"
         )
     except UsageError as error:
-        raise UsageError(f"config.init_from: {path}: {error}") from error
+        raise UsageError(f"config.init_from: {error}") from error
     for damage in damaged.values():
         records.warn(f"{damage}; the one of step {given.step} is used")
-    origin = f"from the weights of {path} after step {given.step}"
-    origin += " and a new classifier" if new_head else ""
-    return dataclasses.replace(state, **parallel.replicate(variables)), origin
+    told = f"from the weights of {path} after step {given.step}"
+    told += " and a new classifier" if new_head else ""
+    return dataclasses.replace(state, **parallel.replicate(variables)), told
 
 
 def put_aside(workdir: epath.Path, damaged: dict[int, checkpoint.DamagedError]) -> None:
