@@ -159,8 +159,7 @@ def _init_from(path: str, state: TrainState) -> tuple[TrainState, str]:
       UsageError: there is no such run, or it is of another model.
     """
     try:
-        origin = checkpoint.to_path(path, "a workdir or checkpoint")
-        given, damaged = checkpoint.read(origin, items=["variables"])
+        given, damaged = checkpoint.read(checkpoint.to_path(path), items=["variables"])
         arrays, own = given.arrays["variables"], checkpoint.to_arrays(state.variables)
         new_head = {
             name: own[name]
@@ -169,16 +168,14 @@ def _init_from(path: str, state: TrainState) -> tuple[TrainState, str]:
             and name in arrays
             and arrays[name].shape != own[name].shape
         }
-        variables = checkpoint.to_tree(
-            arrays | new_head, state.variables, f"step {given.step}"
-        )
+        variables = checkpoint.to_tree(arrays | new_head, state.variables, given.path)
     except UsageError as error:
         raise UsageError(f"config.init_from: {error}") from error
     for damage in damaged.values():
         records.warn(f"{damage}; the one of step {given.step} is used")
-    told = f"from the weights of {path} after step {given.step}"
-    told += " and a new classifier" if new_head else ""
-    return dataclasses.replace(state, **parallel.replicate(variables)), told
+    origin = f"from the weights of {path} after step {given.step}"
+    origin += " and a new classifier" if new_head else ""
+    return dataclasses.replace(state, **parallel.replicate(variables)), origin
 
 
 def put_aside(workdir: epath.Path, damaged: dict[int, checkpoint.DamagedError]) -> None:

@@ -6,11 +6,12 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, saved
 from PIL import Image
 from sklearn.datasets import load_digits
 
 import resjax
+from resjax import checkpoint
 from resjax.config import UsageError
 from resjax.data.datasets import DATASETS
 from resjax.data.digits import split_indices
@@ -70,6 +71,29 @@ def test_a_run_from_four_devices_predicts_on_one_what_eval_reports(
     assert -np.log(of_label).mean() == pytest.approx(reported["loss"], rel=1e-4)
 
 
+@pytest.mark.slow  # trains
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_of_eight_devices_opens_on_one_and_predicts_what_eval_reports(
+    command, digits, tmp_path, dtype
+):
+    workdir, images = tmp_path / "run", tmp_path / "x.npy"
+    words = f"--config.dtype={dtype}", "--config.num_epochs=4", f"--workdir={workdir}"
+    done = command("train.py", *words, devices=8)
+    assert (done.returncode, done.stderr) == (0, "")
+    script, answer = tmp_path / "open.py", tmp_path / "p.npy"
+    script.write_text(SCRIPT)
+    np.save(images, digits[0])
+    done = command(script, workdir, images, answer, devices=1)
+    assert (done.returncode, done.stderr) == (0, "")
+    hits = np.load(answer).argmax(axis=1) == digits[1]
+    for devices in (1, 8):
+        done = command("eval.py", f"--workdir={workdir}", devices=devices)
+        assert json.loads(done.stdout)["top1"] == 100 * hits.mean()
+    assert hits.mean() > 0.5
+    (trained,) = {d["params/stem/conv/kernel"].dtype for d in [saved(workdir, 45)]}
+    assert trained == np.float32  # the parameters, whatever computes
+
+
 def test_opening_a_run_loads_no_data_set_library(elsewhere):
     _, modules = elsewhere
     assert {"resjax", "jax", "safetensors"} <= modules
@@ -109,6 +133,40 @@ def test_a_step_picks_its_checkpoint(run, digits_run, digits):
     early = resjax.restore(digits_run.workdir, step=10)
     assert early.step == 10
     assert np.abs(early.predict(digits[0]) - run.predict(digits[0])).max() > 0.1
+    path = digits_run.workdir / "checkpoints" / "10"
+    assert resjax.restore(path).step == 10
+
+
+def test_the_best_is_that_of_the_records(digits_run, tmp_path):
+    copy = shutil.copytree(digits_run.workdir, tmp_path / "run")
+    row = {"split": "test", "epoch": 1.0, "loss": 1.0, "top5": 99.0}
+    rows = [{**row, "step": step, "top1": top1} for step, top1 in ((10, 98), (22, 97))]
+    (copy / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert resjax.restore(copy, step="best").step == 10
+    assert resjax.restore(copy).step == 22
+
+
+def test_a_run_says_what_trained_it_and_how_it_evaluated(run, digits_run):
+    assert run.versions["jax"] == jax.__version__ and "commit" in run.versions
+    rows = (digits_run.workdir / "metrics.jsonl").read_text().splitlines()
+    assert run.evaluation == [r for r in map(json.loads, rows) if r["split"] == "test"][-1]
+
+
+def test_a_checkpoint_opens_without_its_data_set_or_fields_of_another_version(
+    digits_run, digits, run, monkeypatch, tmp_path
+):
+    # As if digits were somebody's own data set, and `lr_per_256` an older field's name.
+    copy = shutil.copytree(digits_run.workdir, tmp_path / "run")
+    path = copy / "checkpoints" / "22" / "state" / "record.json"
+    record = json.loads(path.read_text())
+    record["config"]["rate"] = record["config"].pop("lr_per_256")
+    del record["digest"]
+    record["digest"] = checkpoint._digest(record)
+    path.write_text(json.dumps(record))
+    monkeypatch.delitem(DATASETS, "digits")
+    found = resjax.restore(copy)
+    images = digits[0][:9]
+    np.testing.assert_array_equal(found.predict(images), run.predict(images))
 
 
 # --- what predict and preprocess take -----------------------------------------------

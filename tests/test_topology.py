@@ -216,7 +216,8 @@ def test_hosts_stop_together_when_one_is_told_to(stopped, small, two_hosts, tmp_
     flags = (f"--config={small}", f"--workdir={workdir}", "--config.num_epochs=400")
     flags += ("--config.checkpoint.every_steps=9999",)
     with two_hosts("train.py", *flags) as processes:
-        while not (workdir / "metrics.jsonl").exists():
+        metrics = workdir / "metrics.jsonl"
+        while not (metrics.exists() and metrics.read_text()):  # until it trains
             assert processes[0].poll() is None, processes[0].stderr.read()
             time.sleep(0.1)
         processes[stopped].send_signal(signal.SIGTERM)

@@ -1,0 +1,98 @@
+"""config.init_from: another run's weights, and nothing else of it."""
+
+import dataclasses
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from conftest import saved
+
+from resjax import build, steps, training
+from resjax import config as configs
+from resjax.config import UsageError
+from resjax.models.resnet import MODELS
+
+# One worker runs all that share `source`.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("resume")]
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_config):
+    """tiny(*fields) -> a config of two updates."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(MODELS, "tiny", None)  # the file sets it; taken out again at the end
+
+        def make(*fields):
+            fields = "batch_size=320", f"num_epochs={2 * 320 / 1437}", *fields
+            words = [f"--config.{field}" for field in fields]
+            return configs.override(configs.load_config(tiny_config), words)
+
+        yield make
+
+
+@pytest.fixture(scope="module")
+def source(tiny, data_dir, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("source") / "run"
+    words = f"data.dir={data_dir}", "checkpoint.every_steps=1"
+    assert training.train(tiny(*words), workdir) == 0
+    return workdir
+
+
+def test_a_run_starts_from_the_weights_and_anew_in_all_else(source, tiny, tmp_path, capsys):
+    # With a rate of nothing, what is left after two updates is what they started from.
+    still = "lr_per_256=1e-30", "weight_decay=0", f"init_from={source}"
+    assert training.train(tiny(*still), tmp_path / "run") == 0
+    assert f"from the weights of {source} after step 2, in" in capsys.readouterr().out
+    given, found = saved(source, 2), saved(tmp_path / "run", 2)
+    for name in given:
+        same = np.array_equal(given[name], found[name])
+        assert same == name.startswith("params"), name  # the statistics moved on
+    assert saved(tmp_path / "run", 2, "optimizer")["step"] == 2
+
+
+def test_a_checkpoint_may_be_named(source, tiny, tmp_path):
+    still = "lr_per_256=1e-30", "weight_decay=0"
+    path = f"init_from={source / 'checkpoints' / '1'}"
+    assert training.train(tiny(*still, path), tmp_path / "run") == 0
+    kernel = "params/stage1/block1/conv1/kernel"
+    first, second, found = saved(source, 1), saved(source, 2), saved(tmp_path / "run", 2)
+    assert np.array_equal(first[kernel], found[kernel])
+    assert not np.array_equal(second[kernel], found[kernel])
+
+
+def test_a_resumed_run_needs_its_source_no_more(source, tiny, tmp_path):
+    shutil.copytree(source, tmp_path / "source")
+    config = tiny(f"init_from={tmp_path / 'source'}", "checkpoint.every_steps=1")
+    assert training.train(config, tmp_path / "run") == 0
+    whole = saved(tmp_path / "run", 2)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "2")
+    shutil.rmtree(tmp_path / "source")
+    assert training.train(config, tmp_path / "run") == 0
+    again = saved(tmp_path / "run", 2)
+    assert all(np.array_equal(whole[name], again[name]) for name in whole)
+
+
+def test_a_classifier_of_another_size_is_drawn_anew(source, tiny):
+    config = dataclasses.replace(tiny(), num_classes=7)
+    images = np.zeros((1, 8, 8, 3), np.float32)
+    variables = build.build_model(config).init(jax.random.key(1), images)
+    tx = build.build_optimizer(config, lambda step: 0.1)
+    own = steps.create_state(variables, tx)
+    state, told = training._init_from(str(source), own)
+    assert told == f"from the weights of {source} after step 2 and a new classifier"
+    kernel = state.params["stage1"]["block1"]["conv1"]["kernel"]
+    wanted = saved(source, 2)["params/stage1/block1/conv1/kernel"]
+    np.testing.assert_array_equal(kernel, wanted)
+    head = own.params["head"]["kernel"]
+    np.testing.assert_array_equal(state.params["head"]["kernel"], head)
+    assert head.shape[1] == 7 and np.abs(head).max() > 0
+
+
+def test_weights_of_another_model_are_refused_by_name(source, tiny, tmp_path):
+    config = tiny(f"init_from={source}", "model=cifar_resnet20")
+    with pytest.raises(
+        UsageError, match=r"config.init_from: .*/2: .* is missing, .*arrays"
+    ):
+        training.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
