@@ -58,7 +58,10 @@ def to_arrays(tree: Any) -> Arrays:
     def local(leaf: Any) -> Any:  # of an array of several processes, the copy of this one
         return leaf.addressable_data(0) if isinstance(leaf, jax.Array) else leaf
 
-    return {_name(path): np.array(local(leaf), order="C") for path, leaf in leaves}
+    # On a CPU, what is fetched may be a view of what the next update overwrites.
+    fetched = jax.device_get([local(leaf) for _, leaf in leaves])
+    pairs = zip(leaves, fetched, strict=True)
+    return {_name(path): np.array(array, order="C") for (path, _), array in pairs}
 
 
 def to_tree(arrays: Arrays, like: Any, origin: Any) -> Any:

@@ -111,10 +111,11 @@ def check_workdir(
       UsageError: the workdir holds a run of another config, or records of something else,
         or is in use.
     """
-    records.check_unlocked(workdir)
     folder = workdir / "checkpoints"
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--workdir: {folder} is a file; choose another --workdir")
+    there = next((p for p in (folder, *folder.parents) if p.exists()), folder.parent)
+    if "://" not in str(workdir) and not there.is_dir():
+        raise UsageError(f"--workdir: {workdir} cannot be written: {there} is no directory")
+    records.check_unlocked(workdir)
     if (workdir / "config.json").exists():
         _check_same(workdir, records.read_config(workdir), config)
     elif (workdir / "metrics.jsonl").exists():

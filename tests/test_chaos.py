@@ -61,7 +61,7 @@ def checkpoints(workdir):
     return sorted(path.name for path in (workdir / "checkpoints").iterdir())
 
 
-@pytest.mark.parametrize("seed", range(25))
+@pytest.mark.parametrize("seed", range(25), ids="seed{:02}".format)
 def test_a_run_killed_at_a_random_moment_ends_as_if_it_was_not(
     command, spawn, reference, tmp_path, seed
 ):

@@ -74,7 +74,8 @@ def test_it_reports_what_training_reported(by_ones, workdir):
     assert by_ones["loss"] == pytest.approx(training["loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("batch_size", [7, pytest.param(64, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("batch_size", [7, 64])
+@pytest.mark.slow
 def test_any_minibatch_counts_the_same_on_one_device(command, workdir, by_ones, batch_size):
     result = evaluate_on_one(command, workdir, f"--batch_size={batch_size}")
     assert_same(result, by_ones)

@@ -235,23 +235,3 @@ def test_a_run_stopped_by_every_signal_ends_as_if_it_was_not(
     assert done.returncode == 0, done.stderr
     assert f"resuming after step {saved}," in done.stdout
     assert_same_run(workdir, long_run, LAST_STEP)
-
-
-@pytest.mark.slow  # a minute
-def test_a_run_killed_at_any_moment_again_and_again_ends_as_if_it_was_not(
-    spawn, tiny_config, long_run, tmp_path
-):
-    workdir = tmp_path / "run"
-    flags = f"--config={tiny_config}", LONG_RUN, f"--workdir={workdir}"
-    moments = np.random.RandomState(0)
-    for _ in range(9):
-        process = spawn("train.py", *flags, "--config.checkpoint.every_steps=2")
-        with process, process.stdout:
-            for line in process.stdout:
-                if "compiling" in line:
-                    time.sleep(moments.uniform(0, 3))
-                    process.kill()
-    with spawn("train.py", *flags) as process:
-        _, err = process.communicate()
-    assert process.returncode == 0, err  # orbax may warn of a half-deleted checkpoint
-    assert_same_run(workdir, long_run, LAST_STEP)

@@ -313,7 +313,10 @@ def test_rematerialisation_takes_less_memory_and_changes_no_number(name):
     assert_trees_close(actual, expected)
 
 
-@pytest.mark.parametrize("name, train", [("residual", True), ("preact", False)])
+@pytest.mark.parametrize(
+    "name, train",
+    [pytest.param("residual", True, marks=pytest.mark.slow), ("preact", False)],
+)
 def test_rematerialisation_keeps_the_survival_and_the_draw_of_every_block(name, train):
     net = functools.partial(DEEP[name], stochastic_depth=0.9)
     variables = variables_of(net())
