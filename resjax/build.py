@@ -190,6 +190,7 @@ def build_schedule(
     if warmup_steps:
         after = schedules.warm_up(after, warmup, start, peak, warmup_steps)
     derived = {
+        "num_examples": num_examples,
         "num_steps": num_steps,
         "peak_lr": peak,
         "warmup": warmup,
@@ -261,7 +262,11 @@ def build_optimizer(
 
 
 def build_evaluation(
-    config: Config, split: str, batch_size: int, keep: bool = False
+    config: Config,
+    split: str,
+    batch_size: int,
+    keep: bool = False,
+    class_names: list[str] | None = None,
 ) -> tuple[Callable[[Any, Batch], Any], Callable[..., Iterable[Batch]]]:
     """The eval step on all devices, and a function that starts the batches of a split.
 
@@ -270,10 +275,15 @@ def build_evaluation(
       split: our name for it.
       batch_size: examples at a time.
       keep: the devices keep the batches of a small split.
+      class_names: that the data must have.
+
+    Raises:
+      UsageError: the data is not there, or has other classes.
     """
     from resjax.data import pipeline
 
     source = build_data.build_source(config, split)
+    check_class_names(source.class_names, class_names or source.class_names)
     _, prepare = build_data.build_transforms(config)
     step = steps.make_eval_step(build_model(config), prepare)
     batches = partial(
@@ -308,6 +318,34 @@ def build_record(
         "model": describe_model(config),
         "preprocess": build_data.describe_preprocess(config),
     }
+
+
+def check_data(now: dict[str, Any], before: dict[str, Any]) -> None:
+    """Raises `UsageError` if the data is not what a checkpoint was trained on.
+
+    Args:
+      now: the record of the run that goes on.
+      before: that of the checkpoint.
+    """
+    count, known = now["derived"]["num_examples"], before["derived"].get("num_examples")
+    if known is not None and count != known:
+        raise UsageError(
+            f"config.data.dir: there are {count:,} training examples, and the run was "
+            f"trained on {known:,}"
+        )
+    check_class_names(now["class_names"], before["class_names"])
+
+
+def check_class_names(now: list[str], before: list[str]) -> None:
+    """Raises `UsageError` if the classes have other names than those trained on."""
+    pairs = zip(now, before, strict=True)
+    other = next(((i, a, b) for i, (a, b) in enumerate(pairs) if a != b), None)
+    unnamed = before == [str(i) for i in range(len(before))]
+    if other and not unnamed:
+        index, name, trained = other
+        raise UsageError(
+            f"config.data.dir: class {index} is {name!r}, and was {trained!r} in training"
+        )
 
 
 def build_run(config: Config) -> Run:

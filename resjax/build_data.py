@@ -211,9 +211,11 @@ def build_steps_per_dispatch(config: Config, on_device: bool) -> int:
 
 
 def with_stop(batches: Iterable[Any], wants_stop: Callable[[], bool]) -> Iterable[Any]:
-    """The batches; those of several processes say whether this one wants to stop."""
+    """The batches, until this process is to stop; those of several tell each other."""
+    from resjax.data import workers
+
     if jax.process_count() == 1:
-        return batches
+        return workers.until(wants_stop, batches)
     return (
         {**batch, "stop": np.full(len(batch["label"]), wants_stop(), np.int32)}
         for batch in batches

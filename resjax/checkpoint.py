@@ -20,6 +20,7 @@ from safetensors import numpy as safetensors
 
 from resjax.config import UsageError
 
+# Later ones keep how record.json holds its format and digest.
 FORMAT = 2  # 1: arrays as orbax writes them, whose flipped bytes nobody notices
 ITEMS = ("variables", "optimizer")
 _MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
@@ -111,7 +112,7 @@ def _describe(arrays: Arrays) -> dict[str, Any]:
         name: {
             "shape": list(array.shape),
             "dtype": str(array.dtype),
-            "crc32": zlib.crc32(np.ravel(array).data),
+            "crc32": zlib.crc32(np.ravel(array).view(np.uint8).data),
         }
         for name, array in sorted(arrays.items())
     }
@@ -220,7 +221,8 @@ def read_latest(
         try:
             return read_directory(directory(workdir, step), items), damaged
         except DamagedError as error:
-            damaged[step] = error
+            if directory(workdir, step).exists():  # a run beside this may have deleted it
+                damaged[step] = error
     if damaged:
         newest, *others = damaged.values()
         so_are = f"; so are those of {[*damaged][1:]}" if others else ""
@@ -264,7 +266,7 @@ def read(
 
 def is_checkpoint(path: epath.Path) -> bool:
     """Whether it is one, and not a workdir."""
-    return any((path / name).is_dir() for name in ("state", "record"))
+    return any((path / name).exists() for name in ("state/record.json", "record/metadata"))
 
 
 def check_is_run(workdir: epath.Path, step: int | str | None) -> None:

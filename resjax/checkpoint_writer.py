@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import logging
+import os
 import platform
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +33,11 @@ class _FilesHandler(ocp.AsyncCheckpointHandler):
         async def write() -> None:
             if hosts.is_main():
                 for name, content in args.make().items():
-                    (directory / name).write_bytes(content)
+                    with (directory / name).open("wb") as file:
+                        file.write(content)
+                        if "://" not in str(directory):  # the machine may be lost, too
+                            file.flush()
+                            os.fsync(file.fileno())
 
         return [ocp.future.CommitFutureAwaitingContractedSignals(write(), name="files")]
 
@@ -74,6 +79,7 @@ def open_writer(
       keep: steps there are, the newest last -> those to keep; the others are deleted
         after the newest is written.
     """
+    _versions()  # which takes a moment
     log = logging.getLogger("absl")  # where orbax also puts the errors that it raises
     level = log.level
     log.setLevel(logging.CRITICAL)
@@ -114,8 +120,7 @@ def save(
     Raises:
       FloatingPointError: a variable that is not finite; nothing is written.
     """
-    if not jax.jit(all_finite)(variables):
-        raise FloatingPointError(f"the parameters are not finite after step {step}")
+    check_finite(variables, step)
     arrays = {
         "variables": checkpoint.to_arrays(variables),
         "optimizer": checkpoint.to_arrays(optimizer),
@@ -125,6 +130,12 @@ def save(
     manager.save(step, args=ocp.args.Composite(state=files), force=True)
 
 
+def check_finite(variables: Any, step: int) -> None:
+    """Raises `FloatingPointError` if not all variables are finite."""
+    if not jax.jit(all_finite)(variables):
+        raise FloatingPointError(f"the parameters are not finite after step {step}")
+
+
 @functools.cache
 def _versions() -> dict[str, str]:
     """Those of what computes, and the commit if the code is in a git repository."""
@@ -132,10 +143,14 @@ def _versions() -> dict[str, str]:
     versions = {name: importlib.metadata.version(name) for name in names}
     versions |= {"python": platform.python_version(), "resjax": resjax.__version__}
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        words = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-        here = Path(__file__).resolve().parent
-        done = subprocess.run(
-            words, cwd=here, capture_output=True, text=True, timeout=10, check=True
-        )
-        versions["commit"] = done.stdout.strip()
+        here = Path(__file__).resolve()
+
+        def git(*words: str) -> str:
+            words = "git", "-C", str(here.parent), *words
+            done = subprocess.run(words, capture_output=True, timeout=2, check=True)
+            return done.stdout.decode().strip()
+
+        git("ls-files", "--error-unmatch", here.name)  # not a repository around this code
+        describe = "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"
+        versions["commit"] = git(*describe)
     return versions

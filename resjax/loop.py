@@ -10,7 +10,6 @@ from typing import Any
 import jax
 
 from resjax.metrics import Sums, summarize
-from resjax.signals import Stopped
 from resjax.steps import TrainState
 
 Hook = Callable[[int, TrainState, Sums], None]
@@ -25,22 +24,19 @@ class Waits:
     Attributes:
       data: seconds, for the next batch.
       devices: seconds, for what they compute.
-      breakable: a context in which waiting for data can be broken off, with `Stopped`.
     """
 
     data: float = 0.0
     devices: float = 0.0
-    breakable: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
     def for_data(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """The batches, until waiting for one is broken off; the time each takes counts."""
+        """The batches; the time that each takes to come is counted."""
         source = iter(batches)
         while True:
             start = time.perf_counter()
             try:
-                with self.breakable():
-                    batch = next(source)
-            except (StopIteration, Stopped):
+                batch = next(source)
+            except StopIteration:
                 return
             finally:
                 self.data += time.perf_counter() - start

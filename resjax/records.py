@@ -108,17 +108,17 @@ def lock(workdir: epath.Path) -> Iterator[None]:
     """
     with _locked(workdir) as file:
         if file:
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
+            holder = f"process {os.getpid()} on {socket.gethostname()}\n"
+            with contextlib.suppress(OSError):  # of a full disk
+                file.truncate(0)
+                os.write(file.fileno(), holder.encode())
         yield
 
 
 def check_unlocked(workdir: epath.Path) -> None:
     """Raises `UsageError` if another run holds a workdir; leaves everything as it is."""
-    if workdir.is_dir():
-        with _locked(workdir, create=False):
-            pass
+    with _locked(workdir, create=False):
+        pass
 
 
 @contextlib.contextmanager
@@ -128,16 +128,17 @@ def _locked(workdir: epath.Path, create: bool = True) -> Iterator[IO | None]:
         import fcntl  # which Windows does not have
 
         try:
-            file = open(path, "a+")  # noqa: SIM115, closed below
+            file = open(path, "a+" if create else "r")  # noqa: SIM115, closed below
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             assert file
             file.seek(0)
             holder = file.read().strip() or "another process"
         except OSError as error:
-            if not file:
+            if create and not file:
                 raise UsageError(f"--workdir: {path} cannot be opened: {error}") from error
-            warn(f"{workdir} cannot be locked ({error}); start no second run in it")
+            if create:
+                warn(f"{workdir} cannot be locked ({error}); start no second run in it")
     with file or contextlib.nullcontext():
         if hosts.is_same(holder is not None) and holder is None:
             yield file
@@ -177,6 +178,9 @@ def open_metrics(
     def write(record: Record) -> None:
         with path.open("a") as file:
             file.write(json.dumps(record) + "\n")
+            if "://" not in str(path):  # the machine may be lost, too
+                file.flush()
+                os.fsync(file.fileno())
         values = [
             Summary.Value(tag=f"{record['split']}/{name}", simple_value=value)
             for name, value in record.items()

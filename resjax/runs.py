@@ -49,10 +49,19 @@ def evaluate(
         config = configs.from_dict(found.record["config"])
     except UsageError as error:
         raise UsageError(f"{workdir} is no run of this version: {error}") from error
+    stored, own = found.record.get("preprocess"), build_data.describe_preprocess(config)
+    if stored and stored != own:
+        raise UsageError(
+            f"{workdir} was trained and evaluated with {stored}, and this version has "
+            f"{own} for {config.data.name}; `resjax.restore` predicts with the former"
+        )
     data = dataclasses.replace(config.data, dir=data_dir or config.data.dir)
     config = dataclasses.replace(config, data=data)
     eval_step, batches = build.build_evaluation(
-        config, split, batch_size or config.batch_size
+        config,
+        split,
+        batch_size or config.batch_size,
+        class_names=found.record["class_names"],
     )
     variables = parallel.replicate(_variables(found, build.build_model(config)))
     means = loop.evaluate(eval_step, variables, batches())
@@ -80,7 +89,7 @@ class Restored:
     Attributes:
       model: the linen Module.
       variables: {"params", "batch_stats"}.
-      config: of the run.
+      config: of the run; None if another version of resjax wrote it in other terms.
       step: of the checkpoint.
       class_names: of the logits, in order.
       evaluation: the last record of the test split when it was saved, None if none.
@@ -92,7 +101,7 @@ class Restored:
 
     model: nn.Module
     variables: dict[str, Any]
-    config: Config
+    config: Config | None
     step: int
     class_names: list[str]
     evaluation: dict[str, Any] | None
@@ -117,9 +126,9 @@ def _best_step(workdir: epath.Path) -> int:
     """The checkpoint of a workdir that evaluated best, by its `metrics.jsonl`."""
     checkpoint.check_is_run(workdir, "best")
     steps = checkpoint.list_steps(workdir)
-    metric = "top1"
-    if (workdir / "config.json").exists():
-        metric = records.read_config(workdir).checkpoint.best_metric
+    newest, _ = checkpoint.read_latest(workdir, items=[])
+    options = newest.record["config"]["checkpoint"] if newest else {}
+    metric = options.get("best_metric", "top1")
     rows = records.read_evaluations(workdir)
     best = records.best_step(rows, "top1" if metric == "none" else metric, steps)
     if best is None:
@@ -153,7 +162,7 @@ def restore(path: str | epath.Path, step: int | str | None = None) -> Restored:
     """
     found = _read(checkpoint.to_path(path, "path"), step)
     record = found.record
-    config = configs.from_dict(record["config"], ignore_unknown=True)
+    config = _read_config(record)
     model = build.make_model(record.get("model") or build.describe_model(config))
     device = jax.local_devices()[0]
     variables = jax.device_put(_variables(found, model), device)
@@ -185,6 +194,16 @@ def restore(path: str | epath.Path, step: int | str | None = None) -> Restored:
         preprocess=preprocess,
         predict=predict,
     )
+
+
+def _read_config(record: dict[str, Any]) -> Any:
+    """The config of a record; None if it has values that this version does not know."""
+    try:
+        return configs.from_dict(record["config"], ignore_unknown=True)
+    except UsageError:
+        if record["format"] == 1:  # which knows the model by it alone
+            raise
+        return None
 
 
 def _is_preprocessed(images: Any) -> bool:

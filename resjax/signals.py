@@ -1,12 +1,13 @@
 """SIGTERM and SIGINT (Ctrl-C): a run saves what it has, and ends.
 
-While it has nothing to save, a signal ends the process at once, also in a compilation. Once
-there are updates that no checkpoint has, the signal is noted for the next step boundary,
-and only waiting for data is broken off. A second signal ends the process at once.
+Before the first update there is nothing to save, and a signal ends the process at once,
+also in a compilation. Later it is noted for the next step boundary, and ends waiting for
+data. A second signal ends the process at once.
 """
 
 import contextlib
 import dataclasses
+import functools
 import os
 import signal
 import socket
@@ -16,38 +17,22 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-
-class Stopped(Exception):
-    """A signal came while `StopSignals.waiting`."""
+_LAST_WORDS = 2.0  # seconds
 
 
 @dataclasses.dataclass
 class StopSignals:
-    """The signals that this process got, and what they may do.
+    """The signals that this process got.
 
     Attributes:
       received: their numbers.
-      has_news: there are updates that no checkpoint has.
+      has_news: an update was made.
       tell: called with a signal's number before it ends a process that has no news.
-      is_waiting: what happens now may be broken off.
     """
 
     received: list[int] = dataclasses.field(default_factory=list)
     has_news: bool = False
     tell: Callable[[int], None] = lambda signum: None
-    is_waiting: bool = False
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """What waits inside is broken off by a signal, with `Stopped`."""
-        self.is_waiting = True
-        try:
-            if self.received:
-                raise Stopped
-            yield
-        finally:
-            self.is_waiting = False
 
 
 @contextlib.contextmanager
@@ -57,9 +42,6 @@ def stop_signals() -> Iterator[StopSignals]:
 
     def note(signum: int, frame: Any) -> None:  # in the main thread, between two steps
         stop.received.append(signum)
-        # Elsewhere, as in a callback of the garbage collector, it would be lost with noise.
-        if stop.is_waiting and frame.f_code.co_filename == threading.__file__:
-            raise Stopped
 
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
@@ -74,7 +56,6 @@ def stop_signals() -> Iterator[StopSignals]:
         for signum, handler in before.items():
             signal.signal(signum, handler)
         theirs.close()  # which ends the thread
-        watch.join()
 
 
 def _watch(signals: socket.socket, stop: StopSignals) -> None:
@@ -87,17 +68,28 @@ def _watch(signals: socket.socket, stop: StopSignals) -> None:
     with signals:
         while received := signals.recv(1):
             (signum,) = received
-            if signum not in _SIGNALS:
-                continue
-            count += 1
-            if not stop.has_news:
-                stop.tell(signum)
-            if count > 1 or not stop.has_news:
+            count += signum in _SIGNALS
+            if count > 1:
                 leave(128 + signum)
+            if count and not stop.has_news:
+                leave(128 + signum, functools.partial(stop.tell, signum))
 
 
-def leave(code: int) -> NoReturn:
-    """Ends the process without waiting for its threads or for other processes."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+def leave(code: int, tell: Callable[[], None] = lambda: None) -> NoReturn:
+    """Ends the process without waiting for its threads or for other processes.
+
+    Args:
+      code: its exit code.
+      tell: last words, for which there are two seconds.
+    """
+
+    def say() -> None:  # which fails, or waits for ever, where nobody reads
+        with contextlib.suppress(Exception):
+            tell()
+            sys.stdout.flush()
+            sys.stderr.flush()
+
+    words = threading.Thread(target=say, daemon=True)
+    words.start()
+    words.join(_LAST_WORDS)
     os._exit(code)

@@ -7,7 +7,7 @@ import math
 import signal
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -83,10 +83,14 @@ def _train(config: Config, workdir: epath.Path, stop: signals.StopSignals) -> bo
         )
         return True
     run = build.build_run(config)
+    if latest:
+        build.check_data(run.record, latest.record)
     state, origin = _first_state(config, run, latest)
+    window = _window(config, latest)
+    seen = [*damaged, *([latest.step] if latest else [])]
+    del latest  # and its arrays
     make_workdir(workdir)
     with records.lock(workdir):
-        seen = [*damaged, *([latest.step] if latest else [])]
         is_new = checkpoint.list_steps(workdir)[-1:] != seen[:1]
         if not hosts.is_same(is_new) or is_new:
             raise UsageError(f"--workdir: another run has just written in {workdir}")
@@ -95,7 +99,7 @@ def _train(config: Config, workdir: epath.Path, stop: signals.StopSignals) -> bo
         check_shared(workdir)
         introduce(config, run, workdir, origin)
         try:
-            return _fit(config, run, workdir, state, stop, _window(config, latest))
+            return _fit(config, run, workdir, state, stop, window)
         except UsageError:  # of the data: the same one line as before the run
             raise
         except (FloatingPointError, OSError, ValueError) as error:
@@ -119,7 +123,9 @@ def check_workdir(
     if (workdir / "config.json").exists():
         _check_same(workdir, records.read_config(workdir), config)
     elif (workdir / "metrics.jsonl").exists():
-        raise UsageError(f"--workdir: {workdir} holds metrics.jsonl of something else")
+        raise UsageError(
+            f"--workdir: {workdir} holds metrics.jsonl of something else, no config.json"
+        )
     records.read_metrics(workdir)  # a damaged file is found before anything is done
     latest, damaged = checkpoint.read_latest(workdir)
     if latest:
@@ -235,9 +241,11 @@ def make_workdir(workdir: epath.Path) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         probe = workdir / f".writable{jax.process_index()}"
-        probe.write_text("")
+        probe.write_bytes(bytes(4096))  # a full disk has room for the name alone
         probe.unlink()
     except OSError as error:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
         raise UsageError(f"--workdir: {workdir} cannot be written: {error}") from error
 
 
@@ -288,8 +296,6 @@ def _fit(
     """`loop.fit` with the hooks of a run around it; whether the run is finished."""
     start_step, started = int(state.step), time.perf_counter()
     waits = loop.Waits()
-    if jax.process_count() == 1:
-        waits.breakable = stop.waiting
     evaluations = records.read_evaluations(workdir, start_step)
     best_step = partial(records.best_step, evaluations, config.checkpoint.best_metric)
     with contextlib.ExitStack() as stack:
@@ -307,12 +313,12 @@ def _fit(
             waits=waits,
             window=window,
         )
-        wants_stop, should_stop = _make_stopping(stop)
+        failures: list[Exception] = []
+        wants_stop, should_stop = _make_stopping(stop, failures)
         evaluate = _make_evaluation(
-            config, run, workdir, log, evaluations, wants_stop, should_stop
+            config, run, workdir, log, evaluations, failures, wants_stop, should_stop
         )
         save = _make_save(run, writer, log, evaluations)
-        failures: list[Exception] = []
 
         def heed(step: int, state: TrainState, sums: Any) -> None:
             stop.has_news = True
@@ -325,7 +331,7 @@ def _fit(
         if start_step in run.eval_steps and not _is_evaluated(evaluations, start_step):
             evaluate(start_step, state)  # in which the run was stopped
         if start_step < run.num_steps:
-            _compile_evaluation(run, state)
+            _compile(run, state)
         state = loop.fit(
             run.train_step,
             state,
@@ -364,15 +370,18 @@ def _is_evaluated(evaluations: list[records.Record], step: int) -> bool:
     return step in {row["step"] for row in evaluations}
 
 
-def _compile_evaluation(run: build.Run, state: TrainState) -> None:
-    """Evaluates a batch, so that later, when there is much to lose, nothing compiles."""
-    batches = run.eval_batches()
-    for batch in batches:
+def _compile(run: build.Run, state: TrainState) -> None:
+    """Compiles the evaluation and the check before saving, while there is nothing to lose.
+
+    It evaluates a batch, which also shows that the test split can be read.
+    """
+    checkpoint_writer.check_finite(state.variables, int(state.step))
+    for batch in run.eval_batches():
         jax.block_until_ready(run.eval_step(state.variables, batch))
         break
 
 
-def _until_failure(batches: Iterator[Any], failures: list[Exception]) -> Iterator[Any]:
+def _until_failure(batches: Iterable[Any], failures: list[Exception]) -> Iterator[Any]:
     """The batches until there is an error, which is kept so that the run is saved before.
 
     In one of several processes it is raised: the others do not know of it.
@@ -386,13 +395,13 @@ def _until_failure(batches: Iterator[Any], failures: list[Exception]) -> Iterato
 
 
 def _make_stopping(
-    stop: signals.StopSignals,
+    stop: signals.StopSignals, failures: list[Exception]
 ) -> tuple[Callable[[], bool], Callable[[Any], bool]]:
     """Whether this process wants to stop; whether all do, by what the devices finished."""
     is_alone, agreed = jax.process_count() == 1, False
 
     def wants_stop() -> bool:
-        return bool(stop.received)
+        return bool(stop.received or failures)
 
     def should_stop(finished: Any) -> bool:
         nonlocal agreed
@@ -410,6 +419,7 @@ def _make_evaluation(
     workdir: epath.Path,
     log: hooks.TrainLog,
     evaluations: list[records.Record],
+    failures: list[Exception],
     wants_stop: Callable[[], bool],
     should_stop: Callable[[Any], bool],
 ) -> Callable[[int, TrainState], None]:
@@ -417,7 +427,7 @@ def _make_evaluation(
 
     def evaluate(step: int, state: TrainState) -> None:
         before = time.perf_counter()
-        batches = run.eval_batches(wants_stop)
+        batches = _until_failure(run.eval_batches(wants_stop), failures)
         means = loop.evaluate(
             run.eval_step, state.variables, batches, should_stop, log.waits
         )

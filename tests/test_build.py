@@ -198,3 +198,16 @@ def test_checkpoints_kept_are_the_latest_multiples_and_the_best():
     assert kept(keep=1, best=30) == [30, 100]
     assert kept(keep=99) == steps
     assert kept(keep=2, best=35) == [90, 100]  # which has no checkpoint
+
+
+def test_data_that_a_run_was_not_trained_on_is_named():
+    record = {"derived": {"num_examples": 100}, "class_names": ["cat", "dog"]}
+    build.check_data(record, record)
+    build.check_data(record, {**record, "derived": {}})  # of an older version
+    build.check_data(record, {**record, "class_names": ["0", "1"]})  # which had no names
+    fewer = {**record, "derived": {"num_examples": 90}}
+    with pytest.raises(UsageError, match=r"data\.dir: there are 90 .* trained on 100"):
+        build.check_data(fewer, record)
+    swapped = {**record, "class_names": ["dog", "cat"]}
+    with pytest.raises(UsageError, match="class 0 is 'dog', and was 'cat' in training"):
+        build.check_data(swapped, record)

@@ -57,6 +57,18 @@ pipeline.train_batches = fails
 """
 
 
+DAMAGED_TEST = """
+calls = itertools.count()
+
+def fails(*args, batches=pipeline.eval_batches, **kwargs):
+    if next(calls):  # the first compiles
+        raise UsageError("data: example 7 is damaged")
+    yield from batches(*args, **kwargs)
+
+pipeline.eval_batches = fails
+"""
+
+
 @pytest.fixture
 def flags(tiny_config, tmp_path):
     return f"--config={tiny_config}", LONG_RUN, f"--workdir={tmp_path / 'run'}"
@@ -166,6 +178,16 @@ def test_damaged_data_stops_it_after_what_was_trained_is_saved(
     assert done.stderr == "train.py: error: data: example 7 is damaged\n"
     assert latest_step(tmp_path / "run") >= 25
     go_on(command, (*flags, STREAMED), long_run, tmp_path)
+
+
+def test_a_damaged_test_split_stops_it_after_what_was_trained_is_saved(
+    command, flags, faulty, long_run, tmp_path
+):
+    done = command("train.py", *faulty(DAMAGED_TEST), STREAMED)
+    assert done.returncode == 2
+    assert done.stderr == "train.py: error: data: example 7 is damaged\n"
+    assert latest_step(tmp_path / "run") == LAST_STEP
+    go_on(command, flags, long_run, tmp_path)
 
 
 def test_a_second_run_in_the_same_workdir_is_refused_and_a_killed_one_leaves_no_lock(

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
@@ -26,25 +25,17 @@ def test_with_something_to_save_signals_are_noted_and_handlers_put_back():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_waiting_is_broken_off_also_by_a_signal_that_came_before():
-    alarm = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
-    with signals.stop_signals() as stop:
-        stop.has_news = True
-        alarm.start()
-        with pytest.raises(signals.Stopped), stop.waiting():
-            threading.Event().wait(20)
-            raise AssertionError("it was not broken off")
-        with pytest.raises(signals.Stopped), stop.waiting():
-            raise AssertionError("it waits")
-    assert stop.received == [signal.SIGINT]
-
-
 # As in a compilation, the main thread is in C, without the lock of the interpreter.
 SCRIPT = f"""
-import hashlib, runpy, sys
+import hashlib, runpy, sys, threading
 signals = runpy.run_path({str(ROOT / "resjax" / "signals.py")!r})
 with signals["stop_signals"]() as stop:
-    stop.tell = lambda signum: print("told", signum)
+    stop.tell = {{
+    "nothing": lambda signum: print("told", signum),
+        "blocks": lambda signum: threading.Event().wait(),
+        "fails": lambda signum: 1 / 0,
+        "news": print,
+    }}[sys.argv[1]]
     stop.has_news = sys.argv[1] == "news"
     print("ready", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
@@ -56,6 +47,8 @@ with signals["stop_signals"]() as stop:
     [
         ("nothing", [signal.SIGTERM], "told 15\n"),
         ("nothing", [signal.SIGINT], "told 2\n"),
+        ("blocks", [signal.SIGTERM], ""),
+        ("fails", [signal.SIGTERM], ""),
         ("news", [signal.SIGINT, signal.SIGTERM], ""),  # the second ends it
     ],
 )

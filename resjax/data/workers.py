@@ -10,7 +10,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, TypeVar
@@ -64,6 +64,28 @@ def _block_signals() -> None:
     """Signals are the main thread's, and not of processes that this thread starts."""
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+
+
+def until(wants_stop: Callable[[], bool], batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches until wants_stop() while one is waited for, which is then abandoned.
+
+    They are taken in a thread, since what reads them may not come back.
+    """
+    source = iter(batches)
+    thread = ThreadPoolExecutor(1, initializer=_block_signals)
+    try:
+        while True:
+            coming = thread.submit(next, source, None)
+            while not coming.done():
+                if wants_stop():
+                    return
+                wait([coming], timeout=0.1)
+            batch = coming.result()
+            if batch is None:
+                return
+            yield batch
+    finally:
+        thread.shutdown(wait=False)
 
 
 def can_share(num_workers: int, num_bytes: int) -> bool:

@@ -130,7 +130,7 @@ def test_processes_end_with_the_run_and_quietly(end, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_signal_to_all_while_processes_start_saves_the_run(signum, tiny_config, tmp_path):
+def test_signal_to_all_while_processes_start_ends_the_run(signum, tiny_config, tmp_path):
     flags = [f"--config={tiny_config}", f"--workdir={tmp_path / 'run'}"]
     flags += ["--config.data.on_device=false", "--config.data.num_workers=2"]
     run = subprocess.Popen(
@@ -146,4 +146,33 @@ def test_signal_to_all_while_processes_start_saves_the_run(signum, tiny_config, 
     os.killpg(run.pid, signum)
     out, err = run.communicate()
     assert (run.returncode, err) == (128 + signum, "")
-    assert "is saved" in out
+    assert f"stopped by signal {signum}; nothing was saved yet" in out
+
+
+def test_batches_end_when_a_stop_is_wanted_while_one_is_waited_for():
+    wanted, never = threading.Event(), threading.Event()
+
+    def source():
+        yield 1
+        yield 2
+        wanted.set()
+        never.wait(60)  # as reading from a disk that is gone
+        yield 3
+
+    start = time.monotonic()
+    assert list(workers.until(wanted.is_set, source())) == [1, 2]
+    assert time.monotonic() - start < 5
+    never.set()
+
+
+def test_batches_all_come_and_errors_with_them_if_no_stop_is_wanted():
+    assert list(workers.until(lambda: False, range(1, 40))) == list(range(1, 40))
+
+    def fails():
+        yield 1
+        raise UsageError("damaged")
+
+    batches = workers.until(lambda: False, fails())
+    assert next(batches) == 1
+    with pytest.raises(UsageError, match="damaged"):
+        next(batches)
