@@ -13,7 +13,9 @@ import logging
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +68,60 @@ class _Preserve(ocp.checkpoint_managers.PreservationPolicy):
         return [step in chosen for step in steps]
 
 
+def _step_back() -> None:
+    """Leaves the cores to what computes on them; on Linux for this thread and its own."""
+    if sys.platform == "linux":
+        os.nice(10)
+
+
+class Writer:
+    """Writes checkpoints one after another, beside the training.
+
+    Attributes:
+      latest_step: of the last that was begun, None if there is none.
+    """
+
+    def __init__(self, manager: ocp.CheckpointManager):
+        self.latest_step = manager.latest_step()
+        self._manager = manager
+        # What orbax does before it goes to the background takes as long as what it does
+        # there. Several processes meet in it, which is safe in their main threads alone.
+        is_alone = jax.process_count() == 1
+        self._thread = ThreadPoolExecutor(1, initializer=_step_back) if is_alone else None
+        self._begun: Future | None = None
+
+    def save(self, step: int, make: Callable[[], dict[str, bytes]]) -> None:
+        """Begins the checkpoint of a step; raises what went wrong with the one before."""
+        self.wait_until_finished()
+        args = ocp.args.Composite(state=_Files(make))
+        begin = functools.partial(self._manager.save, step, args=args, force=True)
+        self.latest_step = step
+        if self._thread:
+            self._begun = self._thread.submit(begin)
+        else:
+            begin()
+
+    def wait_until_finished(self) -> None:
+        """Returns when all is written; raises what went wrong."""
+        begun, self._begun = self._begun, None
+        if begun:
+            begun.result()
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, and ends the threads."""
+        try:
+            self.wait_until_finished()
+        finally:
+            self._manager.close()
+            if self._thread:
+                self._thread.shutdown()
+
+
 @contextlib.contextmanager
 def open_writer(
     workdir: epath.Path, keep: Callable[[Sequence[int]], set[int]]
-) -> Iterator[ocp.CheckpointManager]:
+) -> Iterator[Writer]:
     """What `save` writes with; on leaving, waits until all is written.
 
     After an error in one of several processes it does not: the others may be gone.
@@ -89,20 +141,21 @@ def open_writer(
             preservation_policy=_Preserve(keep), cleanup_tmp_directories=True
         ),
     )
+    writer = Writer(manager)
     try:
-        yield manager
-        manager.close()
+        yield writer
+        writer.close()
     except BaseException:
         if jax.process_count() == 1:
             with contextlib.suppress(Exception):  # it may be the error itself
-                manager.close()
+                writer.close()
         raise
     finally:
         log.setLevel(level)
 
 
 def save(
-    manager: ocp.CheckpointManager,
+    writer: Writer,
     step: int,
     variables: Any,
     optimizer: Any,
@@ -111,7 +164,7 @@ def save(
     """Writes a checkpoint in the background; the arrays may be reused when this returns.
 
     Args:
-      manager: from `open_writer`.
+      writer: from `open_writer`.
       step: updates finished.
       variables: {"params", "batch_stats"}, replicated.
       optimizer: tree of the rest, replicated.
@@ -126,8 +179,7 @@ def save(
         "optimizer": checkpoint.to_arrays(optimizer),
     }
     record = {"step": step, "versions": _versions(), **record}
-    files = _Files(lambda: checkpoint.to_files(record, arrays))
-    manager.save(step, args=ocp.args.Composite(state=files), force=True)
+    writer.save(step, lambda: checkpoint.to_files(record, arrays))
 
 
 def check_finite(variables: Any, step: int) -> None:

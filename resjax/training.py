@@ -347,7 +347,7 @@ def _fit(
             waits=waits,
         )
         step = int(state.step)
-        if step > start_step and step != writer.latest_step():
+        if step > start_step and step != writer.latest_step:
             with log.paused():
                 save(step, state)
         writer.wait_until_finished()

@@ -140,7 +140,6 @@ TRAIN = [
     (as_folder("metrics.jsonl"), "", "run/metrics.jsonl", "directory"),
     (foreign, "", "--workdir", "run", "metrics.jsonl of something else"),
     (checkpoints_are_a_file, "", "run/checkpoints"),
-    (as_folder(".lock"), "", "run/.lock"),
     (only(cut), "", *DAMAGED),
     (only(flip), "", *DAMAGED, "params/stem/"),
     (only(flip, "optimizer.safetensors"), "", *DAMAGED, "opt_state/"),
@@ -179,7 +178,6 @@ EVAL = [
     (lambda run: (run / "metrics.jsonl").unlink(), "--step=best", "'best'", "[10, 22]"),
     (write("metrics.jsonl", "x\n"), "--step=best", "run/metrics.jsonl", "damaged"),
     (write("metrics.jsonl", "3\n"), "--step=best", "run/metrics.jsonl", "damaged"),
-    (write("config.json", "{"), "--step=best", "run/config.json"),
 ]
 REPORT = [
     (write("metrics.jsonl", "x\n"), "", "run/metrics.jsonl", "damaged"),
