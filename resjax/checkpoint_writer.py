@@ -1,8 +1,8 @@
 """Writes checkpoints: orbax does it in the background, whole or not at all.
 
 The files are ours (`checkpoint.py`), since an array costs orbax a millisecond of processor
-time, and a small net has hundreds: saving one after every epoch on the digits took a third
-longer, and now takes what cannot be measured (benchmarks/checkpoints.py).
+time, and a small net has hundreds: with a checkpoint after every epoch, a run on the digits
+took a third longer, and now takes a hundredth (benchmarks/checkpoints.py).
 """
 
 import contextlib
