@@ -238,9 +238,9 @@ def check_shared(workdir: epath.Path) -> None:
 
 def make_workdir(workdir: epath.Path) -> None:
     """Makes the folder of a run; raises `UsageError` if it cannot be written."""
+    probe = workdir / f".writable{jax.process_index()}"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / f".writable{jax.process_index()}"
         probe.write_bytes(bytes(4096))  # a full disk has room for the name alone
         probe.unlink()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Logging a step late, checks before saving, and signals."""
+"""Logging a step late, and checks before saving."""
 
 import io
 
