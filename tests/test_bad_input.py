@@ -212,9 +212,7 @@ IN_A_PROCESS = [
     ("train.py", "--config.batchsize=3", "config", "'batchsize'", "batch_size"),
     ("train.py", "--config.batch_size=130", "batch_size", "130", "4 dev", "128 or 132"),
     ("train.py", "--config.data.dir=nowhere", "data.dir", "nowhere", "no directory"),
-    ("train.py", "--workdir=file/run", "--workdir", "file/run"),
     ("eval.py", "", "--workdir"),
-    ("eval.py", "--workdir=run --step=99", "99", "[10, 22]"),
 ]
 
 # How the line begins.
