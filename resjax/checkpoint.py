@@ -99,7 +99,7 @@ def _name(path: Any) -> str:
 
 
 def to_files(record: dict[str, Any], arrays: dict[str, Arrays]) -> dict[str, bytes]:
-    """The files of a checkpoint by their names; `record` gains what `from_files` checks."""
+    """The files of a checkpoint by their names; `record` gains what reading checks."""
     described = {item: _describe(arrays[item]) for item in ITEMS}
     record = {"format": FORMAT, **record, "arrays": described}
     record = {"digest": _digest(record), **record}

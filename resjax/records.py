@@ -10,7 +10,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import IO, Any
 
 from etils import epath
@@ -36,6 +36,12 @@ def warn(text: str) -> None:
     if hosts.is_main():
         tqdm.write(f"warning: {text}", file=sys.stderr)
         sys.stderr.flush()
+
+
+def warn_of_damage(damaged: Mapping[int, Exception], used_step: int) -> None:
+    """Says which newer checkpoints are damaged, and of which step the one used is."""
+    for error in damaged.values():
+        warn(f"{error}; the one of step {used_step} is used")
 
 
 def write_json(path: epath.Path, value: Any) -> None:

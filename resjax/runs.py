@@ -117,8 +117,7 @@ def _read(path: epath.Path, step: int | str | None) -> Checkpoint:
     if number is not None and not (is_step and number >= 0):
         raise UsageError(f"step: {step!r} is neither a step nor 'best'")
     found, damaged = checkpoint.read(path, number, items=["variables"])
-    for error in damaged.values():
-        records.warn(f"{error}; the one of step {found.step} is used")
+    records.warn_of_damage(damaged, found.step)
     return found
 
 

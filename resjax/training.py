@@ -178,8 +178,7 @@ def _init_from(path: str, state: TrainState) -> tuple[TrainState, str]:
         variables = checkpoint.to_tree(arrays | new_head, state.variables, given.path)
     except UsageError as error:
         raise UsageError(f"config.init_from: {error}") from error
-    for damage in damaged.values():
-        records.warn(f"{damage}; the one of step {given.step} is used")
+    records.warn_of_damage(damaged, given.step)
     origin = f"from the weights of {path} after step {given.step}"
     origin += " and a new classifier" if new_head else ""
     return dataclasses.replace(state, **parallel.replicate(variables)), origin

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from etils import epath
+from test_resume import NUM_STEPS, assert_same_run
 
 import resjax
 from resjax import checkpoint, checkpoint_writer, runs, training
@@ -267,31 +268,6 @@ def test_damage_to_all_is_one_clear_error(workdir):
 
 # --- training, in this process ------------------------------------------------------
 
-NUM_STEPS = 5  # of 320 examples; an epoch of 1,437 ends within the last
-
-
-def without_speed(workdir):
-    """The records of a run, without what differs from time to time."""
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    timings = "images_per_second", "data_wait"
-    return [{k: v for k, v in json.loads(x).items() if k not in timings} for x in lines]
-
-
-def assert_same_run(workdir, expected, step=NUM_STEPS):
-    """Bitwise the same state, and each record once, the same but for the speed."""
-    found, wanted = (
-        checkpoint.read_directory(epath.Path(run) / "checkpoints" / str(step)).arrays
-        for run in (workdir, expected)
-    )
-    for item in ("variables", "optimizer"):
-        assert set(found[item]) == set(wanted[item])
-        for name, array in wanted[item].items():
-            assert found[item][name].dtype == array.dtype, name
-            np.testing.assert_array_equal(found[item][name], array, err_msg=name)
-    records = without_speed(workdir)
-    assert len({(row["step"], row["split"]) for row in records}) == len(records)
-    assert records == without_speed(expected)
-
 
 @pytest.fixture(scope="module")
 def config(tiny_config, data_dir):
@@ -336,12 +312,12 @@ def damage_newest(workdir, name, damage):
     ("name", "damage"),
     [
         (OURS[0], "flipped"),
-        pytest.param(OURS[0], "halved", marks=pytest.mark.slow),
-        pytest.param(OURS[0], "deleted", marks=pytest.mark.slow),
-        pytest.param(OURS[1], "flipped", marks=pytest.mark.slow),
-        pytest.param(OURS[1], "zeroed", marks=pytest.mark.slow),
-        pytest.param(OURS[2], "emptied", marks=pytest.mark.slow),
-        pytest.param(OURS[2], "deleted", marks=pytest.mark.slow),
+        (OURS[0], "halved"),
+        (OURS[0], "deleted"),
+        (OURS[1], "flipped"),
+        (OURS[1], "zeroed"),
+        (OURS[2], "emptied"),
+        (OURS[2], "deleted"),
     ],
 )
 def test_training_goes_on_from_the_one_before(
@@ -357,7 +333,7 @@ def test_training_goes_on_from_the_one_before(
     assert "3.damaged" in line
     assert "resuming after step 2," in out
     assert (workdir / "checkpoints" / "3.damaged").is_dir()
-    assert_same_run(workdir, undamaged)
+    assert_same_run(workdir, undamaged, NUM_STEPS)
     assert training.train(config, workdir) == 0  # and is finished, without a word
     assert capsys.readouterr().err == ""
 
@@ -370,11 +346,11 @@ def test_a_finished_run_whose_last_is_damaged_is_finished_again(
     damage_newest(workdir, OURS[0], "flipped")
     assert training.train(config, workdir) == 0
     assert len(capsys.readouterr().err.splitlines()) == 1
-    assert_same_run(workdir, undamaged)
+    assert_same_run(workdir, undamaged, NUM_STEPS)
     damage_newest(workdir, OURS[0], "halved")  # the same step a second time
     assert training.train(config, workdir) == 0
     assert len(capsys.readouterr().err.splitlines()) == 1
-    assert_same_run(workdir, undamaged)
+    assert_same_run(workdir, undamaged, NUM_STEPS)
 
 
 def test_a_step_may_be_put_aside_twice(workdir, capsys):
@@ -399,7 +375,7 @@ def test_two_damaged_ones_are_two_warnings(config, undamaged, tmp_path, capsys):
     assert "checkpoints/4 is damaged" in newest
     assert "checkpoints/3 is damaged" in older
     assert "resuming after step 2," in out
-    assert_same_run(workdir, undamaged)
+    assert_same_run(workdir, undamaged, NUM_STEPS)
 
 
 @pytest.mark.slow
@@ -415,7 +391,7 @@ def test_training_loses_nothing_by_damage_to_what_orbax_notes(
     assert "resuming after step 3," in out
     assert err == ""
     assert caplog.text == ""  # which a command prints on stderr
-    assert_same_run(workdir, undamaged)
+    assert_same_run(workdir, undamaged, NUM_STEPS)
 
 
 @pytest.mark.slow

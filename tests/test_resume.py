@@ -49,6 +49,7 @@ def assert_same_run(workdir, expected, step):
     """Bitwise the same state, and each record once, the same but for the speed."""
     found, wanted = saved_state(workdir, step), saved_state(expected, step)
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    assert all(found[name].dtype == wanted[name].dtype for name in wanted)
     found, wanted = (without_speed(read_metrics(run)) for run in (workdir, expected))
     assert len({(record["step"], record["split"]) for record in found}) == len(found)
     assert found == wanted
