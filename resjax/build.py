@@ -18,7 +18,7 @@ from flax import linen as nn
 from resjax import build_data, initializers, optim, parallel, schedules, steps
 from resjax.config import Config, UsageError
 from resjax.loss_scale import init_loss_scale
-from resjax.models.norm import BatchNorm
+from resjax.models.norm import BatchNorm, Bias
 from resjax.models.resnet import create_model
 from resjax.steps import Batch, TrainState
 
@@ -81,6 +81,7 @@ def describe_model(config: Config) -> dict[str, Any]:
         "name": config.model,
         "num_classes": config.num_classes,
         "dtype": config.dtype,
+        "norm": config.norm.kind,
         "virtual_batch_size": group,
         "options": model_options(config),
     }
@@ -88,12 +89,15 @@ def describe_model(config: Config) -> dict[str, Any]:
 
 def make_model(described: dict[str, Any], axis_name: str | None = None) -> nn.Module:
     """The model of `describe_model`."""
-    group = described["virtual_batch_size"]
+    norm: Any = Bias
+    if described.get("norm", "batch") == "batch":  # checkpoints before it was a choice
+        group = described["virtual_batch_size"]
+        norm = partial(BatchNorm, virtual_batch_size=group, axis_name=axis_name)
     return create_model(
         described["name"],
         num_classes=described["num_classes"],
         dtype=jnp.dtype(described["dtype"]),
-        norm=partial(BatchNorm, virtual_batch_size=group, axis_name=axis_name),
+        norm=norm,
         **described["options"],
     )
 
@@ -123,7 +127,7 @@ def check_devices(config: Config, num_devices: int) -> None:
             f"device (config.batch_size={batch}, devices: {num_devices})"
         )
     group = config.norm.virtual_batch_size
-    if microbatch % (group or batch):
+    if config.norm.kind == "batch" and microbatch % (group or batch):
         raise UsageError(
             f"config.norm.virtual_batch_size: {group}, so {group or batch} examples share "
             f"statistics, and a backward pass of config.microbatch={microbatch} does not "

@@ -64,6 +64,8 @@ def _fraction(default: Any) -> Any:
 class ModelKwargs:
     """Options of the model; None keeps what its name stands for."""
 
+    stage_sizes: tuple[int, ...] | None = _positive(None)  # blocks of each stage
+    width: int | None = _positive(None)  # channels of the first stage
     shortcut: Literal["A", "B", "C", "none"] | None = None
     stochastic_depth: float | None = _fraction(None)  # chance to drop the last branch
     remat: bool | None = None  # computes blocks twice to keep less
@@ -75,6 +77,7 @@ class NormConfig:
 
     # Consecutive examples that share statistics; 0 = the whole global minibatch.
     virtual_batch_size: int = _not_negative(0)
+    kind: Literal["batch", "none"] = "batch"  # none: a bias a channel in its place
 
 
 @dataclasses.dataclass(frozen=True)

@@ -114,7 +114,7 @@ def make_train_step(
         sums = classification_sums(logits, batch["label"])
         if "stop" in batch:
             sums["stop"] = batch["stop"].sum()
-        return loss, (updates["batch_stats"], sums)
+        return loss, (updates.get("batch_stats", {}), sums)
 
     def device_gradients(state: TrainState, batch: Batch) -> tuple[Any, Any, Sums]:
         """Gradients, new statistics and sums of a device's examples."""

@@ -9,6 +9,7 @@ import pytest
 from resjax import build, build_data, loop, parallel
 from resjax.config import CheckpointConfig, Config, DataConfig, NormConfig, UsageError
 from resjax.data import order
+from resjax.models.norm import BatchNorm, Bias
 from resjax.steps import TrainState
 
 
@@ -211,3 +212,12 @@ def test_data_that_a_run_was_not_trained_on_is_named():
     swapped = {**record, "class_names": ["dog", "cat"]}
     with pytest.raises(UsageError, match="class 0 is 'dog', and was 'cat' in training"):
         build.check_data(swapped, record)
+
+
+def test_a_net_without_norms_is_built_from_its_field_and_trains_in_microbatches():
+    config = dataclasses.replace(Config(), norm=NormConfig(kind="none"), microbatch=16)
+    build.check_devices(config, 1)  # no statistics that a microbatch would have to hold
+    described = build.describe_model(config)
+    assert build.make_model(described).norm is Bias
+    del described["norm"]  # as checkpoints had it before
+    assert build.make_model(described).norm.func is BatchNorm

@@ -1,4 +1,4 @@
-"""Batch normalisation with explicit statistics, defined in examples.
+"""Batch normalisation with explicit statistics, defined in examples, and its absence.
 
 Knows nothing of devices but the name of the axis that joins them.
 """
@@ -10,6 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax import lax
+
+
+class Bias(nn.Module):
+    """Stands where a norm would in a net without: adds a bias a channel; no statistics.
+
+    As a layer of such a net, He et al. 2015 (arXiv:1502.01852), equation 5.
+    """
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, *, train: bool = False, update_stats: bool | None = None
+    ) -> jax.Array:
+        """[B, ..., C] -> [B, ..., C]; the flags are those of `BatchNorm`, of no effect."""
+        return x + self.param("bias", nn.initializers.zeros, x.shape[-1:]).astype(x.dtype)
 
 
 class BatchNorm(nn.Module):

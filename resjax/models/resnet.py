@@ -95,14 +95,13 @@ class Stage(nn.Module):
         return x
 
     def _can_loop(self) -> bool:
-        """Whether all blocks have parameters and statistics, and nobody looks inside."""
+        """Whether all blocks have their variables, and nobody looks inside."""
         names = [f"block{i}" for i in range(2, len(self.survivals) + 1)]
         return (
             len(names) > 1
             and not self.is_initializing()
             and not self.is_mutable_collection("intermediates")
             and all(self.has_variable("params", name) for name in names)
-            and all(self.has_variable("batch_stats", name) for name in names)
         )
 
     def _loop(
@@ -121,7 +120,9 @@ class Stage(nn.Module):
                 *(self.get_variable(collection, name) for name in names),
             )
             for collection in ("params", "batch_stats")
+            if self.has_variable(collection, names[0])
         }
+        moves = moves and "batch_stats" in variables
 
         def run_block(x: jax.Array, inputs: Any) -> tuple[jax.Array, Any]:
             variables, scale = inputs
@@ -312,6 +313,12 @@ MODELS: dict[str, Callable[..., ResNet]] = {
     "cifar_preact_resnet110": _cifar(110, preactivation=True),
     "cifar_preact_resnet164": _cifar(164, bottleneck, shortcut="B", preactivation=True),
     "cifar_preact_resnet1001": _cifar(1001, bottleneck, shortcut="B", preactivation=True),
+    # Equal complexity: the row of Xie et al. 2016, table 2, at this depth.
+    "cifar_resnext29_1x64d": _cifar(29, _resnext(1, 64), shortcut="B", width=64),
+    "cifar_resnext29_2x40d": _cifar(29, _resnext(2, 40), shortcut="B", width=64),
+    "cifar_resnext29_4x24d": _cifar(29, _resnext(4, 24), shortcut="B", width=64),
+    "cifar_resnext29_8x14d": _cifar(29, _resnext(8, 14), shortcut="B", width=64),
+    "cifar_resnext29_32x4d": _cifar(29, _resnext(32, 4), shortcut="B", width=64),
     "cifar_resnext29_8x64d": _cifar(29, _resnext(8, 64), shortcut="B", width=64),
     "cifar_resnext29_16x64d": _cifar(29, _resnext(16, 64), shortcut="B", width=64),
 }
@@ -320,6 +327,8 @@ MODELS: dict[str, Callable[..., ResNet]] = {
 OPTIONS = (
     "num_classes",
     "dtype",
+    "stage_sizes",
+    "width",
     "shortcut",
     "stochastic_depth",
     "remat",
@@ -333,15 +342,20 @@ def list_models() -> list[str]:
     return sorted(MODELS)
 
 
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
 def create_model(name: str, **options: Any) -> ResNet:
     """The Flax module of a named model.
 
     Args:
       name: one of `list_models()`.
       **options: any of num_classes (1000, or 10 for CIFAR nets; 0 = no classifier), dtype
-        of the computation, shortcut ("A", "B", "C", "none"), stochastic_depth, remat, conv
-        and norm (module classes or partials of them, e.g. `partial(BatchNorm,
-        virtual_batch_size=32)`); see `ResNet`.
+        of the computation, stage_sizes, width, shortcut ("A", "B", "C", "none"),
+        stochastic_depth, remat, conv and norm (module classes or partials of them, e.g.
+        `partial(BatchNorm, virtual_batch_size=32)`; `norm.Bias` is a net without); see
+        `ResNet`.
 
     Returns:
       A linen Module: images [B, H, W, 3] -> logits [B, num_classes].
@@ -358,9 +372,14 @@ def create_model(name: str, **options: Any) -> ResNet:
     for option in options:
         if option not in OPTIONS:
             raise unknown_name(f"model {name}: option", option, OPTIONS)
-    model = MODELS[name](**options)
+    model = MODELS[name]().clone(**options)
     if not isinstance(model.num_classes, int) or model.num_classes < 0:
         raise UsageError(f"num_classes: {model.num_classes!r} is not 0 or more")
+    sizes, width = model.stage_sizes, model.width
+    if not isinstance(sizes, tuple) or not sizes or not all(map(_is_count, sizes)):
+        raise UsageError(f"stage_sizes: {sizes!r} is no tuple of whole numbers above 0")
+    if not _is_count(width):
+        raise UsageError(f"width: {width!r} is no whole number above 0")
     if model.shortcut not in ("A", "B", "C", "none"):
         raise UsageError(f"shortcut: {model.shortcut!r} is not one of A, B, C, none")
     depth = model.stochastic_depth

@@ -87,8 +87,12 @@ def triple(w):
     return [(1, 1, w), (3, 1, w), (1, 1, 4 * w)]
 
 
-def resnext(groups):
-    return lambda w: [(1, 1, groups * w), (3, groups, groups * w), (1, 1, 4 * w)]
+def resnext(groups, width=64):
+    def convs(w):
+        inner = groups * width * w // 64
+        return [(1, 1, inner), (3, groups, inner), (1, 1, 4 * w)]
+
+    return convs
 
 
 # He et al. 2016 (arXiv:1603.05027), table 4; Xie et al. 2016 (arXiv:1611.05431), table 7.
@@ -99,6 +103,12 @@ BY_LAYER = {
     ("cifar_preact_resnet110", None): cifar_net(18, pair, preact=True),
     ("cifar_preact_resnet164", None): cifar_net(18, triple, "B", preact=True),
     ("cifar_preact_resnet1001", None): cifar_net(111, triple, "B", preact=True),
+    **{
+        (f"cifar_resnext29_{groups}x{width}d", None): cifar_net(
+            3, resnext(groups, width), "B", width=64
+        )
+        for groups, width in ((1, 64), (2, 40), (4, 24), (8, 14), (32, 4))
+    },
     ("cifar_resnext29_8x64d", None): cifar_net(3, resnext(8), "B", width=64),
     ("cifar_resnext29_16x64d", None): cifar_net(3, resnext(16), "B", width=64),
 }

@@ -8,7 +8,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from resjax.models.norm import BatchNorm
+from resjax.models.norm import BatchNorm, Bias
 
 CHANNELS = 3
 
@@ -254,3 +254,12 @@ def test_one_value_a_device_is_enough_for_joined_devices():
     expected, expected_stats = reference(x, variables, size=8)
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
     assert_stats_close(stats, expected_stats)
+
+
+def test_a_bias_in_place_of_a_norm_adds_and_keeps_no_statistics():
+    x = jnp.array(np.random.RandomState(0).randn(2, 4, 4, 3), jnp.bfloat16)
+    variables = {"params": {"bias": jnp.array([1.0, -2.0, 0.5])}}
+    y = Bias().apply(variables, x, train=True, update_stats=True)
+    assert y.dtype == x.dtype
+    np.testing.assert_array_equal(y, x + jnp.array([1, -2, 0.5], jnp.bfloat16))
+    assert set(Bias().init(jax.random.key(0), x)) == {"params"}

@@ -358,6 +358,15 @@ def test_a_norm_may_have_no_statistics(remat):
     assert logits.shape == (2, 5)
 
 
+def test_depth_and_width_of_a_named_net_are_options():
+    deep = resjax.create_model("cifar_plain20", stage_sizes=(3, 3, 4), width=8)
+    depth = sum("conv" in path for path in flat(abstract(deep)["params"]))
+    assert (depth, deep.shortcut) == (21, "none")  # and the classifier: 22 layers
+    rows = [resjax.create_model(f"cifar_resnet{depth}") for depth in (20, 32)]
+    assert rows[0].clone(stage_sizes=(5, 5, 5)) == rows[1]
+    assert resjax.create_model("resnet50", width=32).width == 32
+
+
 @pytest.mark.parametrize(
     "name, blocks, rate, remat",
     [
@@ -533,7 +542,12 @@ def test_list_models_is_sorted_and_complete():
         ("resnet51", {}, ["'resnet51'", "resnet50"]),
         ("nothing_like_it", {}, ["'nothing_like_it'", "cifar_resnet20", "resnet152"]),
         ("resnet18", {"shortcuts": "A"}, ["resnet18", "'shortcuts'", "mean shortcut?"]),
-        ("resnet18", {"stage_sizes": (1,)}, ["'stage_sizes'"]),
+        ("resnet18", {"downsample": False}, ["'downsample'"]),
+        ("resnet18", {"stage_sizes": (2, 0)}, ["stage_sizes", "(2, 0)", "above 0"]),
+        ("resnet18", {"stage_sizes": ()}, ["stage_sizes", "()", "above 0"]),
+        ("resnet18", {"stage_sizes": 2}, ["stage_sizes", "2", "tuple"]),
+        ("resnet18", {"width": 0}, ["width", "0", "above 0"]),
+        ("resnet18", {"width": 1.5}, ["width", "1.5", "whole"]),
         ("resnet18", {"shortcut": "D"}, ["shortcut", "'D'", "A, B, C"]),
         ("cifar_resnet20", {"shortcut": "a"}, ["shortcut", "'a'", "A, B, C, none"]),
         ("plain18", {"shortcut": None}, ["shortcut", "None", "none"]),
