@@ -18,7 +18,9 @@ from flax import linen as nn
 from resjax import build_data, initializers, optim, parallel, schedules, steps
 from resjax.config import Config, UsageError
 from resjax.loss_scale import init_loss_scale
+from resjax.models.blocks import Layer
 from resjax.models.norm import BatchNorm, Bias
+from resjax.models.ops import Conv
 from resjax.models.resnet import create_model
 from resjax.steps import Batch, TrainState
 
@@ -87,8 +89,10 @@ def describe_model(config: Config) -> dict[str, Any]:
     }
 
 
-def make_model(described: dict[str, Any], axis_name: str | None = None) -> nn.Module:
-    """The model of `describe_model`."""
+def make_model(
+    described: dict[str, Any], axis_name: str | None = None, conv: Layer = Conv
+) -> nn.Module:
+    """The model of `describe_model`, with the statistics of `build_model`."""
     norm: Any = Bias
     if described.get("norm", "batch") == "batch":  # checkpoints before it was a choice
         group = described["virtual_batch_size"]
@@ -98,6 +102,7 @@ def make_model(described: dict[str, Any], axis_name: str | None = None) -> nn.Mo
         num_classes=described["num_classes"],
         dtype=jnp.dtype(described["dtype"]),
         norm=norm,
+        conv=conv,
         **described["options"],
     )
 

@@ -5,7 +5,7 @@ hosts every process runs the same program on its own devices.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -76,6 +76,62 @@ def run_on_devices(
       `replicate` if it is not sharded.
     """
     return RUNNERS[runner](step, (0,) if donate_state else (), sharded)
+
+
+MEMBERS = "members"  # the axis of runs that are trained at once, each on one device
+
+
+def member_mesh(num_members: int) -> Mesh:
+    """The devices for so many members; the mapped axis of steps is of length 1."""
+    devices = np.array(_devices()[:num_members])
+    return Mesh(devices[:, None], (MEMBERS, AXIS))
+
+
+def run_members(step: Callable, mesh: Mesh, donate_state: bool = False) -> Callable:
+    """The program of one member as one of all members at once, spread over the devices.
+
+    On a device its members are a batch of the program (`vmap`), but on a CPU, where one
+    keeps a core busy and fits its cache, they take turns in a loop of it.
+
+    Args:
+      step: (state, own, shared) -> outputs, of one member.
+      mesh: from `member_mesh`.
+      donate_state: reuse the memory of `state`, which the caller must not touch again.
+
+    Returns:
+      (states, own, shared) -> outputs, where all but `shared` have an axis of the members
+      in front, a multiple of the devices long.
+    """
+    on_cpu = jax.default_backend() == "cpu"
+
+    def per_device(states: Any, own: Any, shared: Any) -> Any:
+        def one(args: tuple[Any, Any]) -> Any:
+            return step(*args, shared)
+
+        return (jax.lax.map if on_cpu else _map_all)(one, (states, own))
+
+    mapped = jax.shard_map(
+        per_device,
+        mesh=mesh,
+        in_specs=(P(MEMBERS), P(MEMBERS), P()),
+        out_specs=P(MEMBERS),
+        check_vma=False,
+    )
+    return jax.jit(mapped, donate_argnums=(0,) if donate_state else ())
+
+
+def _map_all(step: Callable, args: Any) -> Any:
+    return jax.vmap(step)(args)
+
+
+def shard_members(trees: Sequence[Any], mesh: Mesh) -> Any:
+    """Trees of equal arrays, one a member, stacked and spread over the devices.
+
+    The last is repeated until every device has as many members.
+    """
+    more = -len(trees) % mesh.shape[MEMBERS]
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *trees, *(more * [trees[-1]]))
+    return jax.device_put(stacked, NamedSharding(mesh, P(MEMBERS)))
 
 
 def replicated() -> NamedSharding:

@@ -10,6 +10,7 @@ configuration if they differ in nothing but the seed and fields that change no n
 import csv
 import dataclasses
 import io
+import math
 import statistics
 import sys
 from collections.abc import Iterable
@@ -37,8 +38,10 @@ class Result:
       config: of the run.
       error: top-1 error, the median of the last epochs, in percent.
       num_evaluations: that the median is of.
-      train_loss: of the last training record, in nats.
+      train_loss: of the last training record, in nats; not finite if the run diverged.
+      train_error: likewise, top-1 in percent.
       curve: {epoch: top-1 test error in percent} of every evaluation.
+      train_curve: {epoch: top-1 training error in percent} of every training record.
     """
 
     workdir: epath.Path
@@ -46,7 +49,9 @@ class Result:
     error: float
     num_evaluations: int
     train_loss: float
+    train_error: float
     curve: dict[float, float]
+    train_curve: dict[float, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,21 +62,23 @@ class Row:
       fields: {dotted name: value} of what tells it from the other rows; model and data
         set if there is no other.
       results: of its runs, one a seed.
-      error: mean over the runs, in percent.
-      error_std: sample standard deviation over the runs; None for a single one.
       published_error: of the source, as the configs give it; "" if none does.
     """
 
     fields: dict[str, Any]
     results: list[Result]
-    error: float
-    error_std: float | None
     published_error: str
 
     @property
     def name(self) -> str:
         """The fields as `field=value`."""
         return " ".join(f"{name}={_text(value)}" for name, value in self.fields.items())
+
+    def spread(self, number: str) -> tuple[float, float]:
+        """Mean and sample standard deviation of a number of `Result` over the runs."""
+        values = [getattr(result, number) for result in self.results]
+        std = statistics.stdev(values) if len(values) > 1 else math.nan
+        return statistics.fmean(values), std
 
 
 def summarize(workdirs: Iterable[str | epath.Path]) -> list[Row]:
@@ -87,8 +94,12 @@ def summarize(workdirs: Iterable[str | epath.Path]) -> list[Row]:
     Source: Goyal et al. 2017, section 5.1: the median of the final 5 epochs, the mean and
       standard deviation of independent runs.
     """
-    found = [read_run(workdir) for workdir in workdirs]
-    results = [result for result in found if result is not None]
+    results = []
+    for workdir in workdirs:
+        try:
+            results.append(read_run(workdir))
+        except NotFinishedError as error:
+            print(f"{workdir} is left out: {error}", file=sys.stderr)
     if not results:
         raise UsageError("RUN: none of the runs is finished")
     groups: dict[tuple[Any, ...], dict[int, Result]] = {}  # by configuration and seed
@@ -107,10 +118,15 @@ def summarize(workdirs: Iterable[str | epath.Path]) -> list[Row]:
     return [_row(names, list(seeds.values())) for seeds in groups.values()]
 
 
-def read_run(workdir: str | epath.Path) -> Result | None:
-    """What a run came to; if it is not finished, says so and returns None.
+class NotFinishedError(UsageError):
+    """A run has not been evaluated at the end of its last epoch."""
+
+
+def read_run(workdir: str | epath.Path) -> Result:
+    """What a finished run came to.
 
     Raises:
+      NotFinishedError: it is not finished; says where it stands.
       UsageError: the folder holds no run, or a damaged one; it lists what is there.
     """
     workdir = checkpoint.to_path(workdir)
@@ -125,21 +141,31 @@ def read_run(workdir: str | epath.Path) -> Result | None:
         slack = 1e-4 + (reached / tests[-1]["step"] / 2 if tests else 0)
         if reached + slack < config.num_epochs:
             step = rows[-1]["step"] if rows else 0
-            print(
-                f"{workdir} is left out: not finished, at step {step}, last evaluated at "
-                f"epoch {reached:g} of {config.num_epochs:g}",
-                file=sys.stderr,
+            raise NotFinishedError(
+                f"not finished, at step {step}, last evaluated at epoch {reached:g} of "
+                f"{config.num_epochs:g}"
             )
-            return None
         start = config.num_epochs - _LAST_EPOCHS + slack
         last = [error for epoch, error in curve.items() if epoch > start]
         last = last or [curve[reached]]
-        loss = [row["loss"] for row in rows if row["split"] == "train"][-1]
+        trained = [row for row in rows if row["split"] == "train"]
+        train_curve = {row["epoch"]: 100 - row["top1"] for row in trained}
+        loss = trained[-1]["loss"]
+        train_loss = math.nan if loss is None else float(loss)  # None: it diverged
     except (LookupError, TypeError, ZeroDivisionError) as error:
         raise UsageError(
             f"{workdir / 'metrics.jsonl'} is damaged: {type(error).__name__}: {error}"
         ) from error
-    return Result(workdir, config, statistics.median(last), len(last), loss, curve)
+    return Result(
+        workdir=workdir,
+        config=config,
+        error=statistics.median(last),
+        num_evaluations=len(last),
+        train_loss=train_loss,
+        train_error=train_curve[trained[-1]["epoch"]],
+        curve=curve,
+        train_curve=train_curve,
+    )
 
 
 def _read_config(workdir: epath.Path) -> Config:
@@ -155,13 +181,10 @@ def _read_config(workdir: epath.Path) -> Config:
 
 def _row(names: list[str], results: list[Result]) -> Row:
     flat = configs.flatten(results[0].config)
-    errors = [result.error for result in results]
     published = {result.config.published_error for result in results} - {None}
     return Row(
         fields={name: flat[name] for name in names},
         results=results,
-        error=statistics.fmean(errors),
-        error_std=statistics.stdev(errors) if len(errors) > 1 else None,
         published_error=" or ".join(sorted(map(str, published))),
     )
 
@@ -174,24 +197,29 @@ def _text(value: Any) -> str:
 def _cells(row: Row) -> dict[str, str]:
     """What the table and the CSV file say of a row besides its name and its error."""
     evaluations = sorted({result.num_evaluations for result in row.results})
-    loss = statistics.fmean(result.train_loss for result in row.results)
     return {
         "evaluations": " or ".join(map(str, evaluations)),
-        "train_loss": f"{loss:.4f}",
+        "train_error": format_spread(row.spread("train_error")),
+        "train_loss": f"{row.spread('train_loss')[0]:.4f}",
         "published_error": row.published_error,
     }
+
+
+def format_spread(spread: tuple[float, float], digits: int = 2) -> str:
+    """`Row.spread` as text: 1.23 +- 0.45, or the mean alone of a single run."""
+    mean, std = spread
+    return f"{mean:.{digits}f}" + ("" if math.isnan(std) else f" +- {std:.{digits}f}")
 
 
 def format_table(rows: list[Row]) -> str:
     """The rows as text, errors in percent with two decimals; ends with a line on terms."""
     lines = []
     for row in rows:
-        std = "" if row.error_std is None else f" +- {row.error_std:.2f}"
         lines.append(
             {
                 "configuration": row.name,
                 "seeds": str(len(row.results)),
-                "error": f"{row.error:.2f}{std}",
+                "error": format_spread(row.spread("error")),
                 **_cells(row),
             }
         )
@@ -217,8 +245,8 @@ def format_csv(rows: list[Row]) -> str:
         {
             **{name: _text(value) for name, value in row.fields.items()},
             "seeds": " ".join(str(result.config.seed) for result in row.results),
-            "error": row.error,
-            "error_std": row.error_std,  # None is written as an empty cell
+            "error": row.spread("error")[0],
+            "error_std": row.spread("error")[1] if len(row.results) > 1 else "",
             **_cells(row),
             "workdirs": " ".join(str(result.workdir) for result in row.results),
         }

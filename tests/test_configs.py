@@ -84,7 +84,17 @@ def test_the_8k_recipe_differs_from_the_baseline_in_its_minibatch():
 
 
 # The modules that may read config fields.
-DOORS = "build", "build_data", "training", "runs", "convert", "report", "config"
+DOORS = (
+    "build",
+    "build_data",
+    "build_members",
+    "training",
+    "sweep",
+    "runs",
+    "convert",
+    "report",
+    "config",
+)
 
 
 def test_every_config_field_is_read_and_only_by_the_doors():

@@ -9,6 +9,13 @@ from conftest import ROOT
 
 # From the top to the bottom; a module may import only what stands below it.
 ORDER = [
+    "sweep",
+    "comparisons",
+    "analysis.sweeps",
+    "build_members",
+    "analysis.propagation",
+    "analysis.paths",
+    "analysis.lesions",
     "analysis.resnext",
     "runs",
     "convert",

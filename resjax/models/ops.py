@@ -105,6 +105,34 @@ def _along_grouped_kernel(
     return y.reshape(shape)
 
 
+def conv_as_products(
+    x: jax.Array, kernel: jax.Array, strides: int = 1, groups: int = 1
+) -> jax.Array:
+    """`conv` as the matrix product of all windows with the kernel.
+
+    What XLA:CPU needs where the kernel is one of many, mapped over by `vmap` or a loop, in
+    which its convolutions are several times slower. The windows take k * k times the memory
+    of the input.
+
+    Arguments and result as those of `conv`.
+    """
+    k, _, inputs, outputs = kernel.shape
+    rows, columns = (-(-side // strides) for side in x.shape[1:3])
+    shape = (x.shape[0], rows, columns, outputs)
+    if groups > 1:
+        return _along_grouped_kernel(x, kernel, strides, shape)
+    pad = (k - 1) // 2
+    x = jnp.pad(x, [(0, 0), (pad, pad), (pad, pad), (0, 0)])
+    below, right = strides * (rows - 1) + 1, strides * (columns - 1) + 1
+    shifted = [
+        x[:, i : i + below : strides, j : j + right : strides]
+        for i in range(k)
+        for j in range(k)
+    ]
+    windows = jnp.concatenate(shifted, axis=-1).reshape(-1, k * k * inputs)
+    return (windows @ kernel.reshape(-1, outputs)).reshape(shape)
+
+
 def max_pool(x: jax.Array, size: int = 3, strides: int = 2) -> jax.Array:
     """Max pooling with symmetric padding of (size - 1) // 2, padded values never win.
 
@@ -129,6 +157,7 @@ class Conv(nn.Module):
       strides: step between outputs, in pixels.
       groups: number of channel groups (1 = an ordinary convolution).
       dtype: of the product; the kernel itself is kept in float32.
+      as_products: in the form of `conv_as_products`.
       kernel_init: what a plain `model.init` draws; schemes replace it (initializers.py).
     """
 
@@ -137,6 +166,7 @@ class Conv(nn.Module):
     strides: int = 1
     groups: int = 1
     dtype: jnp.dtype = jnp.float32
+    as_products: bool = False
     kernel_init: initializers.Initializer = initializers.MSRA_FAN_OUT
 
     @nn.compact
@@ -145,6 +175,7 @@ class Conv(nn.Module):
         k = self.kernel_size
         shape = (k, k, x.shape[-1] // self.groups, self.features)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
-        return conv(
+        form = conv_as_products if self.as_products else conv
+        return form(
             x.astype(self.dtype), kernel.astype(self.dtype), self.strides, self.groups
         )

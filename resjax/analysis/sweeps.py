@@ -1,0 +1,169 @@
+"""Many runs at once, as a function: schemes, seeds and learning rates in one program."""
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from resjax import build_members, hooks
+from resjax import config as configs
+from resjax.build_members import Members
+from resjax.config import Config, UsageError
+from resjax.initializers import Scheme
+from resjax.steps import TrainState
+
+_IN_FLIGHT = 2  # dispatches ahead of the devices
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """The updates of all members from one evaluation to the next, and that evaluation.
+
+    Attributes:
+      step: updates finished.
+      states: of the members, on the devices; given away when the next segment begins.
+      train: sums of the minibatch of each update, {"loss", ...: [M, updates]}.
+      test: sums over the test split, {"loss", ...: [M]}.
+      seconds: that the updates took.
+    """
+
+    step: int
+    states: TrainState
+    train: dict[str, np.ndarray]
+    test: dict[str, np.ndarray]
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """What the members of a sweep came to, in the order of the product of their values.
+
+    Attributes:
+      members: of each the fields that vary, {name: value}.
+      learning_rates: of every update, [M, num_steps].
+      train_loss: of the minibatch of every update, before it, in nats, [M, num_steps].
+      train_error: likewise, top-1, in percent.
+      steps: after which the members were evaluated, [E].
+      test_loss: in nats, [M, E].
+      test_error: top-1, in percent, [M, E].
+      variables: of each after the last update, {"params", "batch_stats"}.
+    """
+
+    members: list[dict[str, Any]]
+    learning_rates: np.ndarray
+    train_loss: np.ndarray
+    train_error: np.ndarray
+    steps: np.ndarray
+    test_loss: np.ndarray
+    test_error: np.ndarray
+    variables: list[dict[str, Any]]
+
+
+def sweep(
+    config: Config,
+    vary: Mapping[str, Sequence[Any]],
+    schemes: Mapping[str, Scheme] | None = None,
+    batch_seed: int | None = None,
+) -> Sweep:
+    """Trains every combination of some fields' values at once, in one compiled program.
+
+    Each member is the run that `train.py` makes of its config, but for rounding: members of
+    one seed see the same minibatches. They are spread over the devices.
+
+    Args:
+      config: of what the members share.
+      vary: values by field, of `build_members.ARRAY_FIELDS`, e.g. {"init": ["xavier",
+        "mine"], "seed": range(3), "lr_per_256": [0.1, 0.2]}.
+      schemes: init schemes of your own by name, (key, abstract_params) -> params.
+      batch_seed: the seed of order and augmentation of all members; None: of each its own.
+
+    Raises:
+      UsageError: a field that cannot vary within a program, a value that is not allowed,
+        or data that the devices cannot hold.
+    """
+    names, combined = list(vary), list(itertools.product(*vary.values()))
+    for name in names:
+        if name not in build_members.ARRAY_FIELDS:
+            raise configs.unknown_name("vary", name, build_members.ARRAY_FIELDS)
+    fields = [dict(zip(names, values, strict=True)) for values in combined]
+    if not fields:
+        raise UsageError(f"vary: {dict(vary)!r} leaves no member")
+    flat = configs.flatten(config)
+    all_configs = [configs.validate(configs.unflatten({**flat, **own})) for own in fields]
+    if not build_members.can_train_together(config):
+        raise UsageError(
+            "config: its runs cannot be trained at once: that needs data that the devices "
+            "hold (config.data.on_device), no config.init_from and no float16"
+        )
+    members = build_members.build_members(all_configs, schemes, batch_seed)
+    segments = list(train_members(members, members.init_states()))
+    train = {
+        name: np.concatenate([segment.train[name] for segment in segments], axis=1)
+        for name in segments[0].train
+    }
+    test = {
+        name: np.stack([segment.test[name] for segment in segments], axis=1)
+        for name in segments[0].test
+    }
+    return Sweep(
+        members=fields,
+        learning_rates=members.learning_rates,
+        train_loss=train["loss"] / train["num_examples"],
+        train_error=100 - 100 * train["top1"] / train["num_examples"],
+        steps=np.array([segment.step for segment in segments]),
+        test_loss=test["loss"] / test["num_examples"],
+        test_error=100 - 100 * test["top1"] / test["num_examples"],
+        variables=[
+            jax.device_get(jax.tree.map(lambda x, i=i: x[i], segments[-1].states.variables))
+            for i in range(len(fields))
+        ],
+    )
+
+
+def train_members(
+    members: Members,
+    states: TrainState,
+    start_step: int = 0,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Iterator[Segment]:
+    """Trains from an update to the end, or until it is to stop; a segment an evaluation.
+
+    Args:
+      members: from `build_members`.
+      states: of the members after `start_step` updates, on the devices; given away.
+      start_step: updates that are done.
+      should_stop: asked before each dispatch; a segment that has begun is then dropped.
+    """
+    count, step = len(members.configs), start_step
+    images = count * members.configs[0].batch_size
+    total, done = images * members.num_steps, images * start_step
+    with hooks.progress_bar(total, done, f"training {count} at once") as bar:
+        for end in sorted(n for n in members.eval_steps if n > start_step):
+            began, sums = time.perf_counter(), list[Any]()
+            while step < end:
+                if should_stop():
+                    return
+                states, each = members.train_step(states, step)
+                sums += each
+                step += len(each)
+                if len(sums) > _IN_FLIGHT:
+                    jax.block_until_ready(sums[-1 - _IN_FLIGHT])
+                bar.update(images * len(each))
+            train = _fetch(sums, count)
+            seconds = time.perf_counter() - began
+            test = _fetch(members.evaluate(states), count)
+            summed = {name: values.sum(axis=1) for name, values in test.items()}
+            yield Segment(step, states, train, summed, seconds)
+
+
+def _fetch(sums: list[Any], count: int) -> dict[str, np.ndarray]:
+    """Sums of many dispatches as {name: [M, dispatches] float64}."""
+    fetched = jax.device_get(sums)
+    return {
+        name: np.stack([part[name][:count] for part in fetched], axis=1, dtype=np.float64)
+        for name in fetched[0]
+    }

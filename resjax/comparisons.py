@@ -1,0 +1,401 @@
+"""What the papers compare: rows of a table that `resjax.sweep` runs, and their pictures.
+
+To add one, add a row to `COMPARISONS`.
+"""
+
+import dataclasses
+import io
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from resjax.config import flatten, unknown_name
+from resjax.report import Row, format_spread
+
+
+class Table:
+    """The rows of a comparison, by the values of their fields."""
+
+    def __init__(self, rows: list[Row]):
+        self.rows = rows
+
+    def row(self, **fields: Any) -> Row:
+        """The only row whose configs have these values; `a__b` is the field a.b."""
+        wanted = {name.replace("__", "."): value for name, value in fields.items()}
+        (row,) = (
+            row
+            for row in self.rows
+            if wanted.items() <= flatten(row.results[0].config).items()
+        )
+        return row
+
+    def mean(self, number: str = "error", **fields: Any) -> float:
+        """The mean over seeds of a number of `report.Result`."""
+        return self.row(**fields).spread(number)[0]
+
+    def text(self, number: str = "error", **fields: Any) -> str:
+        """Mean +- std over seeds of a number of `report.Result`, in percent."""
+        digits = 3 if number == "train_loss" else 2
+        unit = " nats" if number == "train_loss" else " %"
+        return format_spread(self.row(**fields).spread(number), digits) + unit
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """A figure or table of a paper.
+
+    Attributes:
+      title: of the picture.
+      claim: what the paper says, and where.
+      vary: values by field, as `--vary` takes them.
+      digits: fields in which its runs on the digits differ from configs/digits.py.
+      axis: the field along the axis of the picture; None: test and training error by epoch.
+      verdict: what was measured, in a sentence.
+    """
+
+    title: str
+    claim: str
+    vary: dict[str, str]
+    verdict: Callable[[Table], str]
+    digits: dict[str, str] = dataclasses.field(default_factory=dict)
+    axis: str | None = None
+
+
+def _holds(holds: bool) -> str:
+    return "As in the paper: " if holds else "Not as in the paper: "
+
+
+def _shortcuts(table: Table) -> str:
+    error = {k: table.mean(model_kwargs__shortcut=k) for k in ("A", "B", "C", "none")}
+    said = ", ".join(
+        f"{'no shortcut' if kind == 'none' else kind} "
+        f"{table.text(model_kwargs__shortcut=kind)}"
+        for kind in error
+    )
+    holds = max(error, key=lambda kind: error[kind]) == "none"
+    return f"{_holds(holds)}test error is {said}."
+
+
+def _preact(table: Table) -> str:
+    original = {"model": "cifar_resnet110"}
+    preact = {"model": "cifar_preact_resnet110"}
+    holds = table.mean(**preact) <= table.mean(**original)
+    return (
+        f"{_holds(holds)}at 110 layers, test error is {table.text(**original)} with the "
+        f"original units and {table.text(**preact)} with pre-activation; training loss "
+        f"{table.text('train_loss', **original)} and {table.text('train_loss', **preact)}."
+    )
+
+
+_CARDINALITIES = ("1x64d", "2x40d", "4x24d", "8x14d", "32x4d")
+
+
+def _resnext(table: Table) -> str:
+    names = {kind: f"cifar_resnext29_{kind}" for kind in _CARDINALITIES}
+    said = ", ".join(f"{kind} {table.text(model=name)}" for kind, name in names.items())
+    holds = table.mean(model=names["32x4d"]) < table.mean(model=names["1x64d"])
+    return f"{_holds(holds)}at equal complexity, test error is {said}."
+
+
+def _gamma(table: Table) -> str:
+    one, zero = "msra_fan_out", "msra_fan_out_zero_gamma"
+    sizes = sorted({row.results[0].config.batch_size for row in table.rows})
+    said = "; ".join(
+        f"at minibatch {size}, test error is {table.text(batch_size=size, init=one)} with "
+        f"1 and {table.text(batch_size=size, init=zero)} with 0"
+        for size in sizes
+    )
+    holds = all(
+        table.mean(batch_size=size, init=zero) <= table.mean(batch_size=size, init=one)
+        for size in sizes
+    )
+    return f"{_holds(holds)}{said}."
+
+
+def _bn(table: Table) -> str:
+    rates = sorted({row.results[0].config.lr_per_256 for row in table.rows})
+    best, largest = {}, {}
+    for kind in ("batch", "none"):
+        errors = {
+            rate: table.mean("train_error", norm__kind=kind, lr_per_256=rate)
+            for rate in rates
+        }
+        best[kind] = min(rates, key=lambda rate: errors[rate])
+        trained = [rate for rate in rates if errors[rate] < 20]
+        largest[kind] = max(trained, default=0.0)
+    text = {
+        kind: table.text("train_error", norm__kind=kind, lr_per_256=best[kind])
+        for kind in best
+    }
+    return (
+        f"{_holds(largest['batch'] > largest['none'])}with batch norm the net trains (to "
+        f"less than 20 % training error) at rates up to {largest['batch']:g} per 256, and "
+        f"without up to {largest['none']:g}; at the best rate of each, "
+        f"{best['batch']:g} and {best['none']:g}, training error is {text['batch']} and "
+        f"{text['none']}."
+    )
+
+
+_DEPTHS = (20, 32, 56)
+
+
+def _depth(table: Table) -> str:
+    grows, said = {}, []
+    for kind in ("plain", "resnet"):
+        loss = [table.mean("train_loss", model=f"cifar_{kind}{depth}") for depth in _DEPTHS]
+        grows[kind] = loss[-1] > loss[0]
+        ends = [f"cifar_{kind}{depth}" for depth in (_DEPTHS[0], _DEPTHS[-1])]
+        errors, losses = (
+            [table.text(number, model=name) for name in ends]
+            for number in ("train_error", "train_loss")
+        )
+        name = "plain nets" if kind == "plain" else "residual nets"
+        said.append(
+            f"{name} of {_DEPTHS[0]} and {_DEPTHS[-1]} layers end at training error "
+            f"{errors[0]} and {errors[1]} (training loss {losses[0]} and {losses[1]})"
+        )
+    return f"{_holds(grows['plain'] and not grows['resnet'])}{'; '.join(said)}."
+
+
+def _minibatch(table: Table) -> str:
+    sizes = sorted({row.results[0].config.batch_size for row in table.rows})
+    errors = {size: table.mean(batch_size=size) for size in sizes}
+    _, std = table.row(batch_size=sizes[0]).spread("error")
+    flat = [size for size in sizes if errors[size] <= errors[sizes[0]] + 2 * std]
+    said = ", ".join(f"{size}: {table.text(batch_size=size)}" for size in sizes)
+    holds = len(flat) >= len(sizes) / 2 and errors[sizes[-1]] > errors[sizes[0]]
+    return (
+        f"{_holds(holds)}test error by minibatch is {said}; up to {max(flat)} it is within "
+        f"two deviations of that at {sizes[0]}."
+    )
+
+
+def _warmup(table: Table) -> str:
+    kinds = ("none", "constant", "gradual")
+    errors = {kind: table.mean(warmup=kind) for kind in kinds}
+    said = ", ".join(f"{kind} {table.text(warmup=kind)}" for kind in kinds)
+    loss = ", ".join(f"{kind} {table.text('train_loss', warmup=kind)}" for kind in kinds)
+    best = min(kinds, key=lambda kind: errors[kind])
+    return f"{_holds(best == 'gradual')}test error is {said}; training loss {loss}."
+
+
+_LAYERS = {22: (10,), 30: (14,)}
+
+
+def _init(table: Table) -> str:
+    said = []
+    for layers, sizes in _LAYERS.items():
+        shape = {"model_kwargs__stage_sizes": sizes}
+        errors = [
+            f"{table.text('train_error', init=init, **shape)} with {name}"
+            for init, name in (("xavier", "Xavier"), ("msra_fan_in", "MSRA"))
+        ]
+        said.append(f"{layers} layers end at training error {' and '.join(errors)}")
+    deep = {"model_kwargs__stage_sizes": _LAYERS[30]}
+    xavier, msra = (
+        table.mean("train_error", init=init, **deep) for init in ("xavier", "msra_fan_in")
+    )
+    return f"{_holds(xavier > 80 and msra < 20)}without batch norm, {'; '.join(said)}."
+
+
+COMPARISONS: dict[str, Comparison] = {
+    "shortcuts": Comparison(
+        title="Shortcuts (He et al. 2015, table 3)",
+        claim="He et al. 2015, table 3 (34 layers, ImageNet): plain 28.54 % error, A 25.03 %, "
+        "B 24.52, C 24.19.",
+        vary={"model_kwargs.shortcut": "A,B,C,none", "seed": "0,1,2"},
+        digits={"model": "cifar_resnet32", "num_epochs": "12"},
+        verdict=_shortcuts,
+    ),
+    "preact": Comparison(
+        title="Original and pre-activation units (He et al. 2016, table 2)",
+        claim="He et al. 2016, table 2 (CIFAR-10): 6.61 % error originally and 6.37 % with "
+        "pre-activation at 110 layers, 7.61 and 4.92 % at 1,001.",
+        vary={"model": "cifar_resnet110,cifar_preact_resnet110", "seed": "0,1,2"},
+        digits={"num_epochs": "8", "model_kwargs.remat": "true"},
+        verdict=_preact,
+    ),
+    "resnext": Comparison(
+        title="Cardinality at equal complexity (Xie et al. 2016, table 3)",
+        claim="Xie et al. 2016, table 3 (50 layers, ImageNet): 1x64d 23.9 % error, 2x40d "
+        "23.0, 4x24d 22.6, 8x14d 22.3, 32x4d 22.2.",
+        vary={
+            "model": ",".join(f"cifar_resnext29_{kind}" for kind in _CARDINALITIES),
+            "seed": "0,1,2",
+        },
+        digits={"num_epochs": "10", "model_kwargs.width": "32"},
+        verdict=_resnext,
+    ),
+    "gamma": Comparison(
+        title="The last scale of each branch at 1 and at 0 (Goyal et al. 2017, table 2b)",
+        claim="Goyal et al. 2017, table 2b (ResNet-50, ImageNet): with 1 and with 0, 23.84 "
+        "and 23.60 % error at minibatch 256, 24.11 and 23.74 % at 8,192.",
+        vary={
+            "init": "msra_fan_out,msra_fan_out_zero_gamma",
+            "batch_size": "128,512",
+            "seed": "0,1,2,3,4",
+        },
+        digits={"num_epochs": "12"},
+        verdict=_gamma,
+    ),
+    "bn": Comparison(
+        title="Batch norm and the learning rate (Ioffe & Szegedy 2015, section 4.2)",
+        claim="Ioffe & Szegedy 2015, section 4.2: batch norm allows rates 5 to 30 times as "
+        "large, at which the net without it does not train.",
+        vary={
+            "norm.kind": "batch,none",
+            "lr_per_256": "0.02,0.1,0.5,2.5",
+            "seed": "0,1,2",
+        },
+        digits={"model": "cifar_plain20", "num_epochs": "8", "init": "msra_fan_in"},
+        axis="lr_per_256",
+        verdict=_bn,
+    ),
+    "depth": Comparison(
+        title="Depth, plain and residual (He et al. 2015, figure 6)",
+        claim="He et al. 2015, figures 1 and 6 (CIFAR-10): a deeper plain net has the "
+        "higher training error, a deeper residual net has not.",
+        vary={
+            "model": ",".join(
+                f"cifar_{kind}{depth}" for kind in ("plain", "resnet") for depth in _DEPTHS
+            ),
+            "seed": "0,1,2",
+        },
+        digits={"num_epochs": "8"},
+        verdict=_depth,
+    ),
+    "minibatch": Comparison(
+        title="Minibatch size under linear scaling (Goyal et al. 2017, figure 1)",
+        claim="Goyal et al. 2017, figure 1 (ResNet-50, ImageNet): 23.49 to 23.74 % error "
+        "from minibatch 128 to 8,192, then 24.79, 27.55 and 33.96 % up to 65,536.",
+        vary={"batch_size": "64,128,256,512,1024", "seed": "0,1,2,3,4"},
+        digits={"num_epochs": "15"},
+        axis="batch_size",
+        verdict=_minibatch,
+    ),
+    "warmup": Comparison(
+        title="Warmup at a large minibatch (Goyal et al. 2017, table 1)",
+        claim="Goyal et al. 2017, table 1 (ResNet-50, ImageNet, minibatch 8,192): no "
+        "warmup 24.84 % error, constant 25.88, gradual 23.74.",
+        vary={"warmup": "none,constant,gradual", "seed": "0,1,2,3,4"},
+        digits={"batch_size": "512", "num_epochs": "20", "lr_per_256": "0.4"},
+        verdict=_warmup,
+    ),
+    "init": Comparison(
+        title="Initialisation of 22 and 30 layers without batch norm",
+        claim="He et al. 2015 (arXiv:1502.01852), figures 2 and 3: 22 layers train with "
+        "either, MSRA sooner; 30 train with MSRA, and stall with Xavier.",
+        vary={
+            "model_kwargs.stage_sizes": "10,14",
+            "init": "xavier,msra_fan_in",
+            "seed": "0,1,2",
+        },
+        digits={
+            "model": "cifar_plain20",
+            "norm.kind": "none",
+            "lr_per_256": "0.04",
+            "warmup": "none",
+        },
+        verdict=_init,
+    ),
+}
+
+
+def get_comparison(name: str) -> Comparison:
+    """The comparison of that name; raises `UsageError` with the nearest ones."""
+    if name not in COMPARISONS:
+        raise unknown_name("COMPARISON", name, COMPARISONS)
+    return COMPARISONS[name]
+
+
+def describe() -> str:
+    """The table as lines of a help text."""
+    lines = [f"  {name:<10} {row.title}" for name, row in COMPARISONS.items()]
+    return "\n".join(["comparisons:", *lines])
+
+
+# --- pictures -------------------------------------------------------------------------
+
+
+def draw(rows: list[Row], comparison: Comparison | None = None) -> bytes:
+    """A picture of training and test error, the mean over seeds +- one std, as PNG.
+
+    Against `axis` of the comparison, or by epoch.
+
+    Args:
+      rows: from `report.summarize`.
+      comparison: for title and axis.
+    """
+    from matplotlib.figure import Figure
+
+    axis = comparison.axis if comparison else None
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    if comparison:
+        figure.suptitle(comparison.title)
+    panels = figure.subplots(1, 2, sharey=True)
+    for panel, split in zip(panels, ("training", "test"), strict=True):
+        if axis:
+            _draw_by_axis(panel, rows, split, axis)
+        else:
+            _draw_by_epoch(panel, rows, split)
+        panel.set(ylabel=f"top-1 {split} error (%)", yscale="symlog", ylim=(0, 105))
+        ticks = [0, 1, 2, 5, 10, 20, 50, 100]
+        panel.set_yticks(ticks, map(str, ticks))
+        panel.tick_params(labelleft=True)
+        panel.grid(alpha=0.3)
+    panels[1].legend(fontsize=8)
+    file = io.BytesIO()
+    figure.savefig(file, dpi=120, format="png")
+    return file.getvalue()
+
+
+def _styles(rows: list[Row], axis: str | None) -> list[tuple[str, dict[str, Any]]]:
+    """Label and style of each row: dashes by the first field, colours by the others."""
+    names = [name for name in rows[0].fields if name != axis]
+    firsts = list(dict.fromkeys(row.fields[name] for row in rows for name in names[:1]))
+    others = list(dict.fromkeys(tuple(row.fields[n] for n in names[1:]) for row in rows))
+    by_colour = len(names) < 2 or len(firsts) > 3
+    styles = []
+    for row in rows:
+        values = [row.fields[name] for name in names]
+        said = zip((name.rpartition(".")[2] for name in names), values, strict=True)
+        label = " ".join(f"{name}={value}" for name, value in said)
+        first = firsts.index(values[0]) if values else 0
+        other = others.index(tuple(values[1:]))
+        place, dash = (first, 0) if by_colour else (other, first)
+        dashes = ("-", "--", ":")[dash % 3]
+        styles.append((label, {"color": f"C{place}", "linestyle": dashes}))
+    return styles
+
+
+def _draw_by_epoch(panel: Any, rows: list[Row], split: str) -> None:
+    for row, (label, style) in zip(rows, _styles(rows, None), strict=True):
+        curves = [r.train_curve if split == "training" else r.curve for r in row.results]
+        epochs = sorted(set.intersection(*map(set, curves)))
+        errors = np.array([[curve[epoch] for epoch in epochs] for curve in curves])
+        mean = errors.mean(axis=0)
+        panel.plot(epochs, mean, label=label, **style)
+        if len(curves) > 1:
+            std = errors.std(axis=0, ddof=1)
+            band = np.clip(mean - std, 0, None), mean + std
+            panel.fill_between(epochs, *band, color=style["color"], alpha=0.15)
+    panel.set_xlabel("epoch")
+
+
+def _draw_by_axis(panel: Any, rows: list[Row], split: str, axis: str) -> None:
+    lines: dict[str, list[tuple[float, Row]]] = {}
+    styles = {}
+    for row, (label, style) in zip(rows, _styles(rows, axis), strict=True):
+        lines.setdefault(label, []).append((row.fields[axis], row))
+        styles[label] = style
+    number = "train_error" if split == "training" else "error"
+    for label, points in lines.items():
+        values, own = zip(*sorted(points, key=lambda point: point[0]), strict=True)
+        means, stds = zip(*(row.spread(number) for row in own), strict=True)
+        style = {"capsize": 3, "marker": ".", "label": label, **styles[label]}
+        panel.errorbar(values, means, stds, **style)
+        panel.set_xticks(values, [f"{value:g}" for value in values])
+    panel.set(xlabel=axis, xscale="log")
+    panel.set_xticks(values, [f"{value:g}" for value in values])
+    panel.minorticks_off()

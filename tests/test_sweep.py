@@ -1,0 +1,192 @@
+"""`python -m resjax.sweep`: members are runs like train.py's, go on, and are compared."""
+
+import csv
+import json
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, saved
+
+import resjax
+from resjax import sweep, training
+from resjax.config import UsageError
+
+
+def read_metrics(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def swept(tiny_config, tmp_path_factory, data_dir):
+    """Two schemes by two seeds of the tiny net, and one that diverges: (folder, flags)."""
+    folder = tmp_path_factory.mktemp("sweep")
+    flags = [
+        f"--config={tiny_config}",
+        f"--workdir={folder}",
+        "--vary=init=xavier,msra_fan_out",
+        "--vary=config.seed=0,1",
+        "--config.num_epochs=0.2",
+        "--config.eval_every_epochs=0.1",
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TFDS_DATA_DIR", str(data_dir))
+        assert sweep.main(flags) == 0
+    return folder, flags
+
+
+def test_a_member_is_the_run_that_train_makes_of_its_config(swept, tmp_path):
+    folder, flags = swept
+    members, _ = sweep.plan(
+        None, sweep.parse_vary(["init=xavier", "seed=1"]), *plan_of(flags)
+    )
+    (member,) = members
+    assert member.workdir == folder / "init=xavier,seed=1"
+    assert training.train(member.config, tmp_path) == 0
+    ours, own = read_metrics(member.workdir), read_metrics(tmp_path)
+    assert [(row["step"], row["split"]) for row in ours] == [
+        (row["step"], row["split"]) for row in own
+    ]
+    for a, b in zip(ours, own, strict=True):
+        assert set(b) - set(a) <= {"data_wait"}
+        for name in ("epoch", "loss", "top1", "top5", "lr"):
+            assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6), name
+    step = max(row["step"] for row in own)
+    for item in ("variables", "optimizer"):
+        a, b = saved(member.workdir, step, item), saved(tmp_path, step, item)
+        assert set(a) == set(b)
+        for name in a:
+            np.testing.assert_allclose(a[name], b[name], rtol=1e-3, atol=1e-5)
+    assert training.train(member.config, member.workdir) == 0  # finished, for train.py, too
+
+
+def plan_of(flags):
+    """config_file, words and workdir of `plan` from the flags of the command."""
+    config, workdir = (flag.partition("=")[2] for flag in flags[:2])
+    return Path(config), [flag for flag in flags if flag.startswith("--config.")], workdir
+
+
+def test_the_table_the_csv_and_the_picture_are_of_all_runs(swept, capsys):
+    folder, flags = swept
+    assert sweep.main(flags) == 0  # nothing is trained again
+    out = capsys.readouterr().out
+    assert "4 of 4 runs are finished" in out and "at once" not in out
+    one, two = csv.DictReader((folder / "compare.csv").read_text().splitlines())
+    assert (one["init"], two["init"], one["seeds"]) == ("xavier", "msra_fan_out", "0 1")
+    errors = []
+    for seed in (0, 1):
+        rows = read_metrics(folder / f"init=msra_fan_out,seed={seed}")
+        errors.append(np.median([100 - row["top1"] for row in rows if row["split"] == "test"]))
+    assert float(two["error"]) == pytest.approx(np.mean(errors))
+    assert float(two["error_std"]) == pytest.approx(np.std(errors, ddof=1))
+    assert f"{np.mean(errors):.2f} +- {np.std(errors, ddof=1):.2f}" in out
+    assert (folder / "compare.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_member_opens_like_any_run(swept):
+    folder, _ = swept
+    run = resjax.restore(folder / "init=xavier,seed=0")
+    rows = read_metrics(folder / "init=xavier,seed=0")
+    tests = [row for row in rows if row["split"] == "test"]
+    assert run.evaluation == tests[-1] and run.config.seed == 0
+    assert run.predict(np.zeros((8, 8, 3), np.uint8)).shape == (1, 10)
+
+
+@pytest.mark.slow
+def test_one_more_value_trains_what_is_missing_alone(swept, capsys, tmp_path):
+    _, flags = swept
+    folder = tmp_path / "more"
+    flags = [flags[0], f"--workdir={folder}", *flags[4:], "--vary=seed=0"]
+    assert sweep.main(flags) == 0
+    before = (folder / "seed=0" / "metrics.jsonl").read_text()
+    capsys.readouterr()
+    assert sweep.main([*flags[:-1], "--vary=seed=0,1"]) == 0
+    out = capsys.readouterr().out
+    assert "1 of 2 runs are finished" in out and "1 at once: seed=1" in out
+    assert (folder / "seed=0" / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.slow
+def test_a_run_that_diverges_is_a_row_of_the_table(swept, capsys, tmp_path):
+    _, flags = swept
+    flags = [flags[0], f"--workdir={tmp_path}", "--config.num_epochs=0.1"]
+    words = ["--vary=lr_per_256=1e30,0.1", "--config.norm.kind=none"]
+    assert sweep.main([*flags, *words]) == 0
+    out = capsys.readouterr().out
+    assert "1 diverged" in out
+    row = next(line for line in out.splitlines() if line.startswith("lr_per_256=1e+30"))
+    assert row.split()[2] == "100.00" and row.split()[-1] == "nan"
+    last = read_metrics(tmp_path / "lr_per_256=1e30")[-1]
+    assert last["loss"] is None and last["top1"] == 0
+    assert not list(tmp_path.glob("lr_per_256=1e30/checkpoints/*/state"))
+    assert len(list(tmp_path.glob("lr_per_256=0.1/checkpoints/*/state"))) == 1
+
+
+@pytest.mark.parametrize(
+    "flags, parts",
+    [
+        ([], ["--vary", "FIELD=VALUE", "COMPARISON"]),
+        (["dept"], ["COMPARISON", "'dept'", "depth"]),
+        (["--vary", "sed=1"], ["--vary", "'sed'", "seed"]),
+        (["--vary", "seed"], ["--vary seed", "seed=VALUE"]),
+        (["--vary", "seed=0,0"], ["seed=0,0", "twice"]),
+        (["--vary", "seed=0", "--vary", "seed=1"], ["seed=1", "twice"]),
+        (["--vary", "seed=0,-1"], ["config.seed", "-1"]),
+        (["--vary", "model=resnet51"], ["model", "'resnet51'", "resnet50"]),
+        (["--vary", "init=xaver"], ["init", "'xaver'", "xavier"]),
+        (["--vary", "model_kwargs.stage_sizes=(1,0)"], ["stage_sizes", "(1, 0)"]),
+        (["--vary", "seed=0", "--config.modl=x"], ["config", "'modl'", "model"]),
+        (["--vary", "seed=0", "--workdir="], ["workdir", "empty"]),
+        (["--vary", "seed=0", "--config=nothing.py"], ["--config", "nothing.py"]),
+        (["--vary", "seed=0", "stray=1"], ["COMPARISON", "'stray=1'"]),
+    ],
+)
+def test_a_mistake_is_one_line(flags, parts, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    if not any(flag.startswith("--workdir") for flag in flags):
+        flags = [*flags, f"--workdir={tmp_path / 'new'}"]
+    with pytest.raises(UsageError) as error:
+        sweep.main(flags)
+    assert all(part in str(error.value) for part in parts), str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_workdir_of_another_config_is_left_alone(swept):
+    folder, flags = swept
+    with pytest.raises(UsageError, match=r"another config: config\.weight_decay"):
+        sweep.main([*flags, "--config.weight_decay=0.5"])
+    assert json.loads((folder / "init=xavier,seed=0" / "config.json").read_text())
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_stopped_goes_on_bitwise(swept, spawn, command, tmp_path):
+    _, flags = swept
+    flags = [flags[0], *flags[2:4], "--config.num_epochs=3", "--config.eval_every_epochs=0.3"]
+    folders = [tmp_path / "whole", tmp_path / "stopped"]
+    done = command("-m", "resjax.sweep", *flags, f"--workdir={folders[0]}", cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    last = [*flags, f"--workdir={folders[1]}"]
+    with spawn("-m", "resjax.sweep", *last, cwd=ROOT) as process:
+        for line in process.stdout:
+            if line.startswith("step"):
+                break
+        time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait() == 143
+    done = command("-m", "resjax.sweep", *last, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    for workdir in folders[0].iterdir():
+        if workdir.is_dir():
+            other = folders[1] / workdir.name
+            whole, again = (
+                [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows]
+                for rows in (read_metrics(workdir), read_metrics(other))
+            )
+            assert whole == again
+            step = max(row["step"] for row in whole)
+            for item in ("variables", "optimizer"):
+                a, b = saved(workdir, step, item), saved(other, step, item)
+                assert all((a[name] == b[name]).all() for name in a)
