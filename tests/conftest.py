@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 _FORCED = "--xla_force_host_platform_device_count"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{_FORCED}=8"  # before the first import of jax
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # whose threads wait for each other on busy cores
 
 import pytest  # noqa: E402
 from safetensors.numpy import load_file  # noqa: E402

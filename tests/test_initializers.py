@@ -13,19 +13,35 @@ from flax import traverse_util
 
 import resjax
 from resjax.config import UsageError
-from resjax.initializers import MSRA_FAN_OUT, SCHEMES, get_scheme, scheme_from_rules
+from resjax.initializers import (
+    MSRA_FAN_OUT,
+    SCHEMES,
+    ZERO_BRANCH,
+    delta_orthogonal,
+    get_scheme,
+    make_scheme,
+    orthogonal,
+    scheme_from_rules,
+)
 from resjax.models.blocks import basic, bottleneck
+from resjax.models.norm import Bias
 from resjax.models.resnet import MODELS, ResNet
 
-BASES = ["msra_fan_out", "msra_fan_in", "xavier"]
 KEY = jax.random.key(0)
 IMAGES = jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
-# He et al. 2015 (arXiv:1502.01852), equations 14 and 10; Glorot & Bengio 2010, equation 12.
-STD = {
-    "msra_fan_out": lambda fan_in, fan_out: np.sqrt(2 / fan_out),
-    "msra_fan_in": lambda fan_in, fan_out: np.sqrt(2 / fan_in),
-    "xavier": lambda fan_in, fan_out: np.sqrt(2 / (fan_in + fan_out)),
+# He et al. 2015 (arXiv:1502.01852), equations 14 and 10; Glorot & Bengio 2010, equations 12
+# and 16; LeCun et al. 1998, equation 16; Krizhevsky et al. 2012, section 5.
+VARIANCE = {
+    "msra_fan_out": lambda fan_in, fan_out: 2 / fan_out,
+    "msra_fan_in": lambda fan_in, fan_out: 2 / fan_in,
+    "xavier": lambda fan_in, fan_out: 2 / (fan_in + fan_out),
+    "xavier_uniform": lambda fan_in, fan_out: np.sqrt(6 / (fan_in + fan_out)) ** 2 / 3,
+    "lecun": lambda fan_in, fan_out: 1 / fan_in,
+    "normal": lambda fan_in, fan_out: 0.01**2,
 }
+ORTHOGONAL = ["orthogonal", "delta_orthogonal"]
+BASES = [*VARIANCE, *ORTHOGONAL]
+TRAINED = ["msra_fan_out", "msra_fan_in", "xavier"]  # in full, where a test takes long
 WIDE = {
     "stem/conv/kernel": (7, 7, 3, 512),
     "stage1/block1/conv1/kernel": (3, 3, 64, 128),
@@ -54,12 +70,12 @@ def init(model, scheme, key=KEY):
     return jax.tree.map(np.array, flat(resjax.init(model, key, scheme)["params"]))
 
 
-def small():
-    return ResNet((2,), bottleneck, width=4)
+def small(**options):
+    return ResNet((2,), bottleneck, width=4, **options)
 
 
-def small_preact():
-    return ResNet((1, 2), bottleneck, width=4, preactivation=True)
+def small_preact(**options):
+    return ResNet((1, 2), bottleneck, width=4, preactivation=True, **options)
 
 
 def small_plain():
@@ -70,45 +86,136 @@ def test_every_base_scheme_has_a_zero_gamma_variant():
     assert set(SCHEMES) == {*BASES, *(f"{name}_zero_gamma" for name in BASES)}
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_measured_deviation_is_that_of_the_formula(scheme):
-    formula = STD[scheme.removesuffix("_zero_gamma")]
+def formula(scheme, path, shape):
+    """Variance of a kernel, and the kurtosis E[w^4] / E[w^2]^2 of its distribution."""
+    *window, inputs, outputs = shape
+    if path == "head/kernel":
+        return 0.01**2, 3
+    taps = np.prod(window)
+    variance = VARIANCE[scheme](taps * inputs, taps * outputs)
+    return variance, 9 / 5 if "uniform" in scheme else 3
+
+
+def check_variances(net, scheme, keys, count):
+    """Compares the mean square of each kernel with its formula, in standard errors."""
+    params = flat(jax.eval_shape(MODELS[net]().init, KEY, IMAGES)["params"])
+    shapes = {path: leaf.shape for path, leaf in params.items()}
+    draws = [draw(scheme, shapes, jax.random.key(key)) for key in range(keys)]
+    z = {}
+    for path, shape in shapes.items():
+        if path.endswith("kernel"):
+            variance, kurtosis = formula(scheme, path, shape)
+            weights = np.stack([params[path] for params in draws])
+            measured = np.square(weights, dtype=np.float64).mean()
+            z[path] = (measured / variance - 1) / np.sqrt((kurtosis - 1) / weights.size)
+    assert len(z) == count
+    far = {path: x for path, x in z.items() if abs(x) > 3}
+    assert not far
+    # An error that all kernels share moves all of them one way.
+    assert abs(sum(z.values())) < 3 * np.sqrt(count)
+
+
+# One draw has a leaf at -3.2 (the 640 weights of the classifier): over 4,000 keys that leaf
+# is beyond 3 as often as chance has it, and eight draws measure each more sharply.
+@pytest.mark.parametrize("scheme", VARIANCE)
+def test_the_variance_of_every_kernel_is_that_of_the_formula(scheme):
+    check_variances("cifar_resnet20", scheme, keys=8, count=20)
+
+
+@pytest.mark.slow  # 25 million weights each
+@pytest.mark.parametrize("scheme", VARIANCE)
+@pytest.mark.parametrize("net", ["resnet50", "resnext50_32x4d"])
+def test_the_variance_of_every_kernel_of_imagenet_nets(net, scheme):
+    check_variances(net, scheme, keys=1, count=54)
+
+
+@pytest.mark.parametrize("scheme", VARIANCE)
+def test_kernels_are_normal_or_uniform_and_not_truncated(scheme):
     for path, leaf in draw(scheme).items():
         assert leaf.shape == WIDE[path] and leaf.dtype == np.float32
         if not path.endswith("kernel"):
             continue
-        *window, inputs, outputs = leaf.shape
-        taps = int(np.prod(window))
-        std = 0.01 if path == "head/kernel" else formula(taps * inputs, taps * outputs)
-        error = 1 / np.sqrt(leaf.size)  # of a mean, as a share of the deviation
-        np.testing.assert_allclose(leaf.std(), std, rtol=4 * error, err_msg=path)
-        assert abs(leaf.mean()) < 5 * std * error, path
-
-
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_kernels_are_normal_and_not_truncated(scheme):
-    for path, leaf in draw(scheme).items():
-        if path.endswith("kernel"):
-            z = (leaf / leaf.std()).ravel()
-            # A normal that is cut at two deviations has kurtosis 2.4, a uniform one 1.8.
-            assert abs((z**4).mean() - 3) < 5 * np.sqrt(24 / z.size), path
+        variance, kurtosis = formula(scheme, path, leaf.shape)
+        z = (leaf / np.sqrt(variance)).ravel()
+        assert abs(z.mean()) < 5 / np.sqrt(z.size), path
+        # A normal that is cut at two deviations has kurtosis 2.4.
+        assert abs((z**4).mean() - kurtosis) < 5 * np.sqrt(24 / z.size), path
+        if kurtosis == 3:
             assert np.abs(z).max() > 3.5, path
+        else:
+            assert 0.999 * np.sqrt(3) < np.abs(z).max() <= 1.00001 * np.sqrt(3), path
 
 
-@pytest.mark.parametrize("scheme", BASES)
+def test_fan_out_draws_the_deviations_that_he_et_al_print():
+    """Their section 2.2: the 3x3 layers of VGG's model B."""
+    printed = {64: 0.059, 128: 0.042, 256: 0.029, 512: 0.021}
+    shapes = {f"conv{width}/kernel": (3, 3, 64, width) for width in printed}
+    shapes |= {"head/bias": (1,)}
+    params = draw("msra_fan_out", shapes)
+    measured = {width: float(params[f"conv{width}/kernel"].std()) for width in printed}
+    assert measured == pytest.approx(printed, abs=0.0006)
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 4, 16), (1, 1, 8, 32), (1, 1, 32, 8)])
+def test_orthogonal_kernels_have_one_singular_value(shape):
+    kernel = np.array(orthogonal(1.5)(KEY, shape), np.float64)
+    matrix = kernel.reshape(-1, shape[-1])
+    np.testing.assert_allclose(np.linalg.svd(matrix, compute_uv=False), 1.5, rtol=1e-5)
+    assert (np.abs(matrix) > 1e-6).mean() > 0.99  # and is no permutation
+
+
+@pytest.mark.parametrize(
+    "shape", [(3, 3, 8, 32), (3, 3, 32, 8), (7, 7, 8, 32), (1, 1, 8, 32)]
+)
+def test_delta_orthogonal_kernels_are_orthogonal_at_the_centre_and_zero_elsewhere(shape):
+    kernel = np.array(delta_orthogonal(1.5)(KEY, shape), np.float64)
+    middle = shape[0] // 2
+    centre = kernel[middle, middle]
+    np.testing.assert_allclose(np.linalg.svd(centre, compute_uv=False), 1.5, rtol=1e-5)
+    assert np.count_nonzero(kernel) == np.count_nonzero(centre) == centre.size
+
+
+def test_a_linear_layer_of_delta_orthogonal_kernels_keeps_the_norm_of_every_pixel():
+    """Xiao et al. 2018 (arXiv:1806.05393), where C_in <= C_out."""
+    x = np.random.RandomState(0).randn(2, 5, 6, 8).astype(np.float32)
+    kernel = delta_orthogonal(1.0)(KEY, (3, 3, 8, 32))
+    y = jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    norms = [np.linalg.norm(maps, axis=-1) for maps in (x, y)]
+    np.testing.assert_allclose(*norms, rtol=1e-4)
+
+
+@pytest.mark.parametrize("scheme", ORTHOGONAL)
+def test_orthogonal_schemes_make_up_for_a_relu(scheme):
+    params = draw(scheme, {"conv/kernel": (3, 3, 4, 16), "head/bias": (1,)})
+    # 2 for each of the 16 columns of 36 weights, or of the 4 rows of the centre.
+    power = {"orthogonal": 2 * 16, "delta_orthogonal": 2 * 4}[scheme]
+    assert np.square(params["conv/kernel"]).sum() == pytest.approx(power, rel=1e-5)
+
+
+def test_of_an_orthogonal_grouped_kernel_a_tall_one_is_orthogonal_by_group():
+    for shape, groups, power in [((3, 3, 4, 16), 4, 1), ((3, 3, 4, 128), 32, 36 / 128)]:
+        matrix = np.array(orthogonal(1.0)(KEY, shape), np.float64).reshape(-1, shape[-1])
+        grams = [g.T @ g for g in np.split(matrix, groups, axis=1)]
+        identity = np.eye(shape[-1] // groups)
+        assert np.allclose(grams, identity, atol=1e-5) == (power == 1)
+        assert np.square(matrix).sum(axis=0).mean() == pytest.approx(power)
+
+
+@pytest.mark.parametrize("scheme", TRAINED)
 def test_biases_start_at_zero_and_scales_at_one(scheme):
     for path, leaf in draw(scheme).items():
         if not path.endswith("kernel"):
             np.testing.assert_array_equal(leaf, float(path.endswith("scale")), path)
 
 
-@pytest.mark.parametrize("scheme", BASES)
 @pytest.mark.parametrize(
-    "make, end",
+    "make, end, scheme",
     [
-        (small, "/norm_out/scale"),
-        (MODELS["cifar_resnet20"], "/norm_out/scale"),
-        (small_preact, "/conv_out/kernel"),
+        *((small, "/norm_out/scale", scheme) for scheme in TRAINED),
+        *((small_preact, "/conv_out/kernel", scheme) for scheme in TRAINED),
+        (MODELS["cifar_resnet20"], "/norm_out/scale", "msra_fan_out"),
     ],
 )
 def test_zero_gamma_zeros_the_end_of_every_branch_and_nothing_else(make, end, scheme):
@@ -120,15 +227,15 @@ def test_zero_gamma_zeros_the_end_of_every_branch_and_nothing_else(make, end, sc
     assert not any(variant[path].any() for path in changed)
 
 
-@pytest.mark.parametrize("scheme", ["msra_fan_in", "xavier"])
-def test_schemes_differ_by_a_factor_a_leaf(scheme):
+@pytest.mark.parametrize("scheme", ["msra_fan_in", "xavier", "lecun", "normal"])
+def test_normal_schemes_differ_by_a_factor_a_leaf(scheme):
     base, other = draw("msra_fan_out"), draw(scheme)
     for path, leaf in base.items():
         factor = 1.0
         if path.endswith("kernel") and path != "head/kernel":
             *window, inputs, outputs = leaf.shape
             fans = np.array([inputs, outputs]) * np.prod(window)
-            factor = STD[scheme](*fans) / STD["msra_fan_out"](*fans)
+            factor = np.sqrt(VARIANCE[scheme](*fans) / VARIANCE["msra_fan_out"](*fans))
         np.testing.assert_allclose(other[path], factor * leaf, rtol=1e-5, err_msg=path)
 
 
@@ -185,13 +292,18 @@ def test_a_rule_must_match_the_whole_path():
         scheme(KEY, abstract({"head/kernel": (2, 2)}))
 
 
-@pytest.mark.parametrize("scheme", BASES)
-@pytest.mark.parametrize("make", [small_plain, MODELS["cifar_plain20"]])
+@pytest.mark.parametrize(
+    "make, scheme",
+    [
+        *((small_plain, scheme) for scheme in BASES),
+        (MODELS["cifar_plain20"], "msra_fan_out"),
+    ],
+)
 def test_zero_gamma_of_a_net_without_branches_is_an_error(make, scheme):
     params = jax.eval_shape(make().init, KEY, IMAGES)["params"]
-    assert jax.tree.structure(SCHEMES[scheme](KEY, params)) == jax.tree.structure(params)
+    assert jax.eval_shape(SCHEMES[scheme], KEY, params) == params
     with pytest.raises(UsageError, match="norm_out/scale"):
-        resjax.init(make(), KEY, f"{scheme}_zero_gamma")
+        jax.eval_shape(SCHEMES[f"{scheme}_zero_gamma"], KEY, params)
 
 
 @pytest.mark.parametrize(
@@ -209,15 +321,102 @@ def test_a_net_without_a_classifier_is_initialised_like_one_with_it(make, scheme
         np.testing.assert_array_equal(leaf, whole[path], path)
 
 
+@pytest.mark.parametrize(
+    "scheme",
+    [BASES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in BASES[1:])],
+)
+@pytest.mark.parametrize("preact", [False, True])
+def test_a_zero_gamma_net_is_its_shortcut_path(preact, scheme):
+    """A net of identity shortcuts computes what its stem and classifier do alone."""
+    whole = ResNet((3,), basic, 4, downsample=False, preactivation=preact)
+    empty = ResNet((), basic, 4, downsample=False)
+    images = np.random.RandomState(0).randn(2, 6, 6, 3).astype(np.float32)
+    expected = jax.jit(empty.apply)(resjax.init(empty, KEY, scheme), images)
+    run = jax.jit(whole.apply)
+    scale = np.abs(expected).max()
+    logits = run(resjax.init(whole, KEY, f"{scheme}_zero_gamma"), images)
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4 * scale)
+    with_branches = run(resjax.init(whole, KEY, scheme), images)
+    assert np.abs(with_branches - expected).max() > 1e-3 * scale
+
+
+ROLES = {"conv": 1, "classifier": 2, "scale": 3, "bias": 4, "branch_end": 5}
+
+
+@pytest.mark.parametrize(
+    "make, absent, branch_end",
+    [
+        (small, set(), "norm_out/scale"),
+        (small_preact, set(), "conv_out/kernel"),
+        (small_plain, {"branch_end"}, None),
+        (functools.partial(small_preact, norm=Bias), {"scale"}, "conv_out/kernel"),
+        (functools.partial(small, norm=Bias), {"scale", "branch_end"}, None),
+    ],
+)
+def test_a_scheme_is_made_of_an_initializer_for_each_role(make, absent, branch_end):
+    values = {name: ROLES[name] for name in ROLES if name != "branch_end" or branch_end}
+    constants = {name: jax.nn.initializers.constant(x) for name, x in values.items()}
+    params = init(make(), make_scheme(**constants))
+    for path, leaf in params.items():
+        name = {"kernel": "conv"}.get(path.split("/")[-1], path.split("/")[-1])
+        if path == "head/kernel":
+            name = "classifier"
+        if branch_end and path.endswith(branch_end):
+            name = "branch_end"
+        np.testing.assert_array_equal(leaf, ROLES[name], path)
+    assert {int(leaf.flat[0]) for leaf in params.values()} == {
+        ROLES[name] for name in ROLES if name not in absent
+    }
+
+
+def test_a_made_scheme_is_the_default_but_for_what_it_changes():
+    mine = make_scheme(MSRA_FAN_OUT, classifier=jax.nn.initializers.normal(0.001))
+    default = init(small(), "msra_fan_out")
+    for path, leaf in init(small(), mine).items():
+        factor = 0.1 if path == "head/kernel" else 1
+        np.testing.assert_allclose(leaf, factor * default[path], rtol=1e-5, err_msg=path)
+
+
+def test_rules_for_single_layers_go_before_those_for_roles():
+    scheme = scheme_from_rules(
+        [
+            ("stem/.*", jax.nn.initializers.constant(7)),
+            ZERO_BRANCH,
+            (".*", jax.nn.initializers.ones),
+        ]
+    )
+    for path, leaf in init(small(), scheme).items():
+        value = 7 if path.startswith("stem/") else float("norm_out/scale" not in path)
+        np.testing.assert_array_equal(leaf, value, path)
+
+
+@pytest.mark.parametrize("scheme", BASES)
+def test_a_net_without_norms_takes_every_scheme(scheme):
+    model = small(norm=Bias)
+    variables = jax.eval_shape(lambda: resjax.init(model, KEY, scheme))
+    expected = jax.eval_shape(model.init, KEY, IMAGES)
+    assert variables == {"params": expected["params"], "batch_stats": {}}
+    with pytest.raises(UsageError, match="norm_out/scale"):
+        jax.eval_shape(lambda: resjax.init(model, KEY, f"{scheme}_zero_gamma"))
+
+
 # jax draws in the shape of the leaf what we draw flat.
 ORACLES = {
     "msra_fan_out": jax.nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
     "xavier": jax.nn.initializers.variance_scaling(1.0, "fan_avg", "normal"),
+    "xavier_uniform": jax.nn.initializers.variance_scaling(1.0, "fan_avg", "uniform"),
 }
 
 
 @pytest.mark.parametrize(
-    "scheme", ["msra_fan_out", pytest.param("xavier", marks=pytest.mark.slow)]
+    "scheme",
+    [
+        "msra_fan_out",
+        *(
+            pytest.param(f"xavier{kind}", marks=pytest.mark.slow)
+            for kind in ("", "_uniform")
+        ),
+    ],
 )
 def test_a_leaf_draws_the_numbers_of_jax_from_the_key_of_its_path(scheme):
     for path, leaf in draw(scheme).items():
@@ -351,12 +550,12 @@ REAL = [
 ]
 
 
-def fitting(names):
+def fitting(names, bases):
     """(name, scheme), less zero branches of plain nets, which have none."""
     return [
         (name, scheme)
         for name in names
-        for scheme in SCHEMES
+        for scheme in [*bases, *(f"{base}_zero_gamma" for base in bases)]
         if not ("plain" in name and "zero_gamma" in scheme)
     ]
 
@@ -375,7 +574,7 @@ def check_one_step(make_model, size, scheme):
         (name, scheme)
         if scheme == "msra_fan_out_zero_gamma" and name != "cifar_resnet20"
         else pytest.param(name, scheme, marks=pytest.mark.slow)
-        for name, scheme in fitting(SMALL)
+        for name, scheme in fitting(SMALL, BASES)
     ],
 )
 def test_one_step_moves_every_branch(name, scheme):
@@ -383,7 +582,7 @@ def test_one_step_moves_every_branch(name, scheme):
 
 
 @pytest.mark.slow  # the deepest takes a minute to compile
-@pytest.mark.parametrize("name, scheme", fitting(REAL))
+@pytest.mark.parametrize("name, scheme", fitting(REAL, TRAINED))
 def test_one_step_moves_every_branch_of_real_models(name, scheme):
     check_one_step(MODELS[name], 8 if "cifar" in name else 32, scheme)
 

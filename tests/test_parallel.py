@@ -90,3 +90,24 @@ def test_prefetch_keeps_order_and_reads_only_so_far_ahead():
         assert (np.asarray(batch["x"]) == i).all()
         assert len(taken) == min(i + 3, 6)
     assert i == 5
+
+
+@pytest.mark.parametrize("count", [1, 3, 11])
+def test_members_each_see_their_own_and_what_all_share(count):
+    def program(state, own, shared):
+        total = lax.psum(shared, parallel.AXIS)  # an axis of length 1
+        return {"w": state["w"] + own["rate"] * total}
+
+    rng = np.random.RandomState(0)
+    states = [{"w": rng.randn(3).astype(np.float32)} for _ in range(count)]
+    rates = [{"rate": np.float32(i)} for i in range(count)]
+    shared = np.array([1.0, 2.0, 4.0], np.float32)
+    mesh = parallel.member_mesh(count)
+    assert mesh.size == min(count, jax.device_count())
+    stacked, own = (parallel.shard_members(trees, mesh) for trees in (states, rates))
+    out = parallel.run_members(program, mesh)(stacked, own, shared)["w"]
+    expected = [state["w"] + i * shared for i, state in enumerate(states)]
+    np.testing.assert_allclose(out[:count], expected, rtol=1e-6)
+    assert len(out) % mesh.size == 0 and len(out) - count < mesh.size
+    assert all((extra == out[count - 1]).all() for extra in out[count:])
+    assert len(out.sharding.device_set) == mesh.size

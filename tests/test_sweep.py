@@ -16,7 +16,9 @@ from resjax.config import UsageError
 
 
 def read_metrics(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +80,9 @@ def test_the_table_the_csv_and_the_picture_are_of_all_runs(swept, capsys):
     errors = []
     for seed in (0, 1):
         rows = read_metrics(folder / f"init=msra_fan_out,seed={seed}")
-        errors.append(np.median([100 - row["top1"] for row in rows if row["split"] == "test"]))
+        errors.append(
+            np.median([100 - row["top1"] for row in rows if row["split"] == "test"])
+        )
     assert float(two["error"]) == pytest.approx(np.mean(errors))
     assert float(two["error_std"]) == pytest.approx(np.std(errors, ddof=1))
     assert f"{np.mean(errors):.2f} +- {np.std(errors, ddof=1):.2f}" in out
@@ -164,7 +168,12 @@ def test_a_workdir_of_another_config_is_left_alone(swept):
 @pytest.mark.slow
 def test_a_sweep_that_is_stopped_goes_on_bitwise(swept, spawn, command, tmp_path):
     _, flags = swept
-    flags = [flags[0], *flags[2:4], "--config.num_epochs=3", "--config.eval_every_epochs=0.3"]
+    flags = [
+        flags[0],
+        *flags[2:4],
+        "--config.num_epochs=3",
+        "--config.eval_every_epochs=0.3",
+    ]
     folders = [tmp_path / "whole", tmp_path / "stopped"]
     done = command("-m", "resjax.sweep", *flags, f"--workdir={folders[0]}", cwd=ROOT)
     assert done.returncode == 0, done.stderr

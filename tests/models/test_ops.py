@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from resjax.models.ops import Conv, conv, max_pool
+from resjax.models.ops import Conv, conv, conv_as_products, max_pool
 
 
 def windows(x, size, strides, fill):
@@ -51,23 +51,25 @@ def max_pool_by_loops(x, size, strides):
 SIZES = [(8, 8), (9, 9), (8, 11)]
 
 
+@pytest.mark.parametrize("form", [conv, conv_as_products])
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("strides", [1, 2])
 @pytest.mark.parametrize("k", [1, 3, 7])
-def test_conv_is_the_sum_over_the_window(k, strides, size, groups):
+def test_conv_is_the_sum_over_the_window(k, strides, size, groups, form):
     rng = np.random.RandomState(0)
     x, kernel = rng.randn(2, *size, 4), rng.randn(k, k, 4 // groups, 8)
-    actual = conv(jnp.array(x), jnp.array(kernel), strides, groups)
+    actual = form(jnp.array(x), jnp.array(kernel), strides, groups)
     expected = conv_by_loops(x, kernel, strides, groups)
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("form", [conv, conv_as_products])
 @pytest.mark.parametrize(
     "k, strides, size, groups",
     [(1, 1, (8, 8), 1), (1, 2, (9, 7), 2), (3, 1, (9, 7), 2), (3, 2, (8, 8), 1)],
 )
-def test_derivatives_of_conv_in_both_directions(k, strides, size, groups):
+def test_derivatives_of_conv_in_both_directions(k, strides, size, groups, form):
     rng = np.random.RandomState(0)
     x, dx = rng.randn(2, 2, *size, 4)
     kernel, dkernel = rng.randn(2, k, k, 4 // groups, 6)
@@ -76,7 +78,7 @@ def test_derivatives_of_conv_in_both_directions(k, strides, size, groups):
     along_kernel = conv_by_loops(x, dkernel, strides, groups)
 
     def run(x, kernel):
-        return conv(x, kernel, strides, groups)
+        return form(x, kernel, strides, groups)
 
     at = jnp.array(x, jnp.float32), jnp.array(kernel, jnp.float32)
     along = jnp.array(dx, jnp.float32), jnp.array(dkernel, jnp.float32)
