@@ -93,6 +93,10 @@ def make_model(
     described: dict[str, Any], axis_name: str | None = None, conv: Layer = Conv
 ) -> nn.Module:
     """The model of `describe_model`, with the statistics of `build_model`."""
+    options = {
+        name: tuple(value) if isinstance(value, list) else value  # JSON has no tuples
+        for name, value in described["options"].items()
+    }
     norm: Any = Bias
     if described.get("norm", "batch") == "batch":  # checkpoints before it was a choice
         group = described["virtual_batch_size"]
@@ -103,7 +107,7 @@ def make_model(
         dtype=jnp.dtype(described["dtype"]),
         norm=norm,
         conv=conv,
-        **described["options"],
+        **options,
     )
 
 

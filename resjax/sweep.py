@@ -324,7 +324,8 @@ def use_all_cores(members: list[Member]) -> None:
         return
     sizes = [member.config.batch_size for member in members]
     fitting = (n for n in range(os.cpu_count() or 1, 0, -1) if math.gcd(n, *sizes) == n)
-    jax.config.update("jax_num_cpu_devices", next(fitting))
+    with contextlib.suppress(RuntimeError):  # jax has looked for devices already
+        jax.config.update("jax_num_cpu_devices", next(fitting))
 
 
 def compare(members: list[Member], name: str | None, folder: epath.Path) -> None:
@@ -339,9 +340,9 @@ def compare(members: list[Member], name: str | None, folder: epath.Path) -> None
     picture = comparisons.draw(rows, comparison)
     files = {"compare.csv": report.format_csv(rows).encode(), "compare.png": picture}
     if comparison and len(rows) == len({*map(_without_seed, members)}):
-        verdict = comparison.verdict(comparisons.Table(rows))
-        records.say(f"\n{comparison.claim}\n{verdict}")
-        files["verdict.txt"] = f"{verdict}\n".encode()
+        text = f"{comparison.claim}\n{comparison.verdict(comparisons.Table(rows))}\n"
+        records.say(f"\n{text}")
+        files["compare.txt"] = text.encode()
     for name, data in files.items():
         (folder / name).write_bytes(data)
     records.say(f"see {folder / 'compare.png'} and {folder / 'compare.csv'}")

@@ -1,13 +1,21 @@
 """Config to parts: derived numbers, and what is refused before anything is written."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
 import pytest
 
 from resjax import build, build_data, loop, parallel
-from resjax.config import CheckpointConfig, Config, DataConfig, NormConfig, UsageError
+from resjax.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    ModelKwargs,
+    NormConfig,
+    UsageError,
+)
 from resjax.data import order
 from resjax.models.norm import BatchNorm, Bias
 from resjax.steps import TrainState
@@ -219,5 +227,9 @@ def test_a_net_without_norms_is_built_from_its_field_and_trains_in_microbatches(
     build.check_devices(config, 1)  # no statistics that a microbatch would have to hold
     described = build.describe_model(config)
     assert build.make_model(described).norm is Bias
+    shape = ModelKwargs(stage_sizes=(2, 1), width=4)
+    shaped = build.describe_model(dataclasses.replace(config, model_kwargs=shape))
+    model = build.make_model(json.loads(json.dumps(shaped)))  # as a checkpoint holds it
+    assert (model.stage_sizes, model.width) == ((2, 1), 4)
     del described["norm"]  # as checkpoints had it before
     assert build.make_model(described).norm.func is BatchNorm

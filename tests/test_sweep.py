@@ -31,6 +31,7 @@ def swept(tiny_config, tmp_path_factory, data_dir):
         "--vary=init=xavier,msra_fan_out",
         "--vary=config.seed=0,1",
         "--config.num_epochs=0.2",
+        "--config.model_kwargs.stage_sizes=1,1",
         "--config.eval_every_epochs=0.1",
     ]
     with pytest.MonkeyPatch.context() as patch:

@@ -1,0 +1,75 @@
+"""Every comparison and figure on the digits, and docs/gallery.md of what they came to.
+
+  python -m figures.gallery
+
+Runs `python -m resjax.sweep` for each comparison and the other scripts of this folder, which
+reuse the nets of those; what is finished is not trained again. Over an hour on two cores.
+"""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from resjax.comparisons import COMPARISONS
+from resjax.config import ArgumentParser, RunError, run_command
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+# Scripts: title, and the sweep in whose folder they leave their files.
+SCRIPTS = {
+    "responses": ("Responses of layers (He et al. 2015, figure 7)", "depth"),
+    "lesion": ("Lesions (Veit et al. 2016, figures 3 and 5)", "depth"),
+    "paths": ("Lengths of gradient paths (Veit et al. 2016, figure 6)", "preact"),
+}
+HEAD = """# The papers' figures, on the digits
+
+Each is real training on scikit-learn's 1,437 digits (8 x 8 pixels; 360 more to test on), on two CPU
+cores, in minutes. The first line under a title is what the paper says, the second what was measured:
+mean +- standard deviation over seeds, whichever way it fell. One test image is 0.28 %. Each
+command takes `--config=configs/cifar10_resnet20.py` for whoever has CIFAR-10. All of this page is
+written by `python -m figures.gallery`.
+"""
+
+
+def section(title: str, name: str, command: str, text: str) -> str:
+    """One figure of the page."""
+    claim, verdict = text.strip().split("\n")
+    return (
+        f"\n## {title}\n\n{claim}\n\n**{verdict}**\n\n`{command}`\n\n"
+        f"![{title}](figures/{name}.png)\n"
+    )
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command; returns its exit code."""
+    parser = ArgumentParser(prog="python -m figures.gallery", description=__doc__)
+    parser.add_argument(
+        "--runs", metavar="DIR", type=Path, default=Path("runs"), help="(default: runs)"
+    )
+    flags = parser.parse_args(arguments)
+    page, folder = HEAD, DOCS / "figures"
+    folder.mkdir(exist_ok=True)
+    for name in tqdm([*COMPARISONS, *SCRIPTS], unit="figure", disable=None):
+        if name in COMPARISONS:
+            title, sweep, stem = COMPARISONS[name].title, name, "compare"
+            words = ["resjax.sweep", name]
+        else:
+            title, sweep = SCRIPTS[name]
+            words, stem = [f"figures.{name}"], name
+        runs = flags.runs / f"sweep_{sweep}"
+        done = subprocess.run([sys.executable, "-m", *words, f"--workdir={runs}"])
+        if done.returncode:
+            raise RunError(f"{' '.join(words)} ended with exit code {done.returncode}")
+        for suffix in ("png", "csv"):
+            shutil.copyfile(runs / f"{stem}.{suffix}", folder / f"{name}.{suffix}")
+        text = (runs / f"{stem}.txt").read_text()
+        page += section(title, name, f"python -m {' '.join(words)}", text)
+    (DOCS / "gallery.md").write_text(page)
+    print(f"see {DOCS / 'gallery.md'}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
