@@ -72,9 +72,9 @@ def measure(which: str, words: list[str], config_file: Path) -> dict[str, Any]:
     """
     devices = os.cpu_count() if which == "sweep" else 1
     flags = f"--xla_force_host_platform_device_count={devices}"
+    command = [sys.executable, "-m", "benchmarks.sweep"]
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.sweep"]
-        + [f"--config={config_file}", f"--only={which}", *words],
+        [*command, f"--config={config_file}", f"--only={which}", *words],
         env={**os.environ, "XLA_FLAGS": flags},
         stdout=subprocess.PIPE,
         check=True,

@@ -18,6 +18,7 @@ import numpy as np
 import resjax
 from resjax import build_data, checkpoint, records, report, sweep
 from resjax.config import ArgumentParser, Config, UsageError
+from resjax.models.resnet import create_model
 
 _SEEDS = ["0", "1", "2"]
 Nets = dict[str, list[Any]]  # by model the `resjax.restore` of each seed
@@ -66,7 +67,11 @@ def positive(text: str) -> int:
 
 
 def trained_nets(
-    flags: argparse.Namespace, words: Sequence[str], comparison: str, models: Sequence[str]
+    flags: argparse.Namespace,
+    words: Sequence[str],
+    comparison: str,
+    models: Sequence[str],
+    preactivation: bool | None = None,
 ) -> tuple[Nets, Path]:
     """Trains the nets that are not yet trained; gives all, and the folder of the files.
 
@@ -77,6 +82,7 @@ def trained_nets(
       words: `--config.FIELD=VALUE`, of all nets.
       comparison: the sweep that trains them.
       models: if the flags name no others.
+      preactivation: whether all must be pre-activation nets, or none may; None: either.
 
     Raises:
       UsageError: a flag or field that does not fit, or a net that diverged.
@@ -85,6 +91,10 @@ def trained_nets(
     for name in vary.keys() - {"model", "seed"}:
         raise UsageError(f"--vary: {name!r} cannot vary here; model and seed can")
     members, folder = sweep.plan(comparison, vary, flags.config, words, flags.workdir)
+    for model in vary["model"]:
+        if preactivation not in (None, create_model(model).preactivation):
+            kind = "one of" if preactivation else "none with"
+            raise UsageError(f"--vary: model={model}; allowed: {kind} pre-activation")
     output = checkpoint.to_path(flags.output or folder, "--output")
     try:
         output.mkdir(parents=True, exist_ok=True)

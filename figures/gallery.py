@@ -2,8 +2,9 @@
 
   python -m figures.gallery
 
-Runs `python -m resjax.sweep` for each comparison and the other scripts of this folder, which
-reuse the nets of those; what is finished is not trained again. Over an hour on two cores.
+Runs `python -m resjax.sweep` for each comparison and the other scripts of this folder,
+which reuse the nets of those; what is finished is not trained again. Over an hour on two
+cores.
 """
 
 import shutil
@@ -25,11 +26,12 @@ SCRIPTS = {
 }
 HEAD = """# The papers' figures, on the digits
 
-Each is real training on scikit-learn's 1,437 digits (8 x 8 pixels; 360 more to test on), on two CPU
-cores, in minutes. The first line under a title is what the paper says, the second what was measured:
-mean +- standard deviation over seeds, whichever way it fell. One test image is 0.28 %. Each
-command takes `--config=configs/cifar10_resnet20.py` for whoever has CIFAR-10. All of this page is
-written by `python -m figures.gallery`.
+Each is real training on scikit-learn's 1,437 digits (8 x 8 pixels; 360 more to test on),
+in minutes on two CPU cores. The first line under a title is what the paper says, the
+second what was measured: mean +- standard deviation over seeds, whichever way it fell.
+Means that differ by less than two standard errors are within the noise; one test image is
+0.28 %. Each command takes `--config=configs/cifar10_resnet20.py` for whoever has CIFAR-10.
+This page is written by `python -m figures.gallery`.
 """
 
 
@@ -64,6 +66,8 @@ def main(arguments: list[str]) -> int:
             raise RunError(f"{' '.join(words)} ended with exit code {done.returncode}")
         for suffix in ("png", "csv"):
             shutil.copyfile(runs / f"{stem}.{suffix}", folder / f"{name}.{suffix}")
+        if not (runs / f"{stem}.txt").exists():
+            raise RunError(f"{' '.join(words)} came to no verdict; see {runs}")
         text = (runs / f"{stem}.txt").read_text()
         page += section(title, name, f"python -m {' '.join(words)}", text)
     (DOCS / "gallery.md").write_text(page)

@@ -18,8 +18,9 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import figures
+from resjax import sweep
 from resjax.analysis.paths import PathGradients, central_range, gradient_by_length
-from resjax.config import run_command
+from resjax.config import UsageError, run_command
 
 MODELS = ("cifar_preact_resnet110",)
 EFFECTIVE, COMMON = (5, 17), (19, 35)  # lengths of the paper, in blocks
@@ -113,7 +114,9 @@ def main(arguments: list[str]) -> int:
         help="paths of each length (%(default)s)",
     )
     flags, words = parser.parse_known_args(arguments)
-    nets, output = figures.trained_nets(flags, words, "preact", MODELS)
+    if len(sweep.parse_vary(flags.vary).get("model", MODELS)) > 1:
+        raise UsageError("--vary: more than one model; give one")
+    nets, output = figures.trained_nets(flags, words, "preact", MODELS, preactivation=True)
     config = figures.config_of(nets)
     images, labels = figures.load_images(config, flags.images)
     rows, measured = [], []

@@ -135,7 +135,7 @@ def main(arguments: list[str]) -> int:
     """Runs the command; returns its exit code."""
     parser = figures.make_parser("responses", __doc__, images=1000)
     flags, words = parser.parse_known_args(arguments)
-    nets, output = figures.trained_nets(flags, words, "depth", MODELS)
+    nets, output = figures.trained_nets(flags, words, "depth", MODELS, preactivation=False)
     config = figures.config_of(nets)
     images, _ = figures.load_images(config, flags.images)
     rows, measured = [], {}

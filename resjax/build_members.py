@@ -34,7 +34,6 @@ ARRAY_FIELDS = (
     "drop_epochs",
     "momentum",
     "weight_decay",
-    "published_error",
 )
 
 
@@ -79,7 +78,8 @@ def group(members: Sequence[Config]) -> list[list[int]]:
     groups: dict[Any, list[int]] = {}
     for i, config in enumerate(members):
         flat = configs.flatten(config)
-        shared = tuple(flat[name] for name in flat if name not in ARRAY_FIELDS)
+        apart = flat.keys() - {*ARRAY_FIELDS, "published_error"}
+        shared = tuple(flat[name] for name in sorted(apart))
         groups.setdefault(shared, []).append(i)
     result = []
     for places in groups.values():
@@ -107,7 +107,8 @@ def build_members(
       members: validated, at least one.
       schemes: init schemes by the names that the configs call them, beside those of
         `initializers.SCHEMES`.
-      batch_seed: of the order and augmentation of all; None: of each its own.
+      batch_seed: of the order, augmentation and dropped branches of all; None: of each
+        its own.
 
     Raises:
       UsageError: naming the field that does not fit.

@@ -5,23 +5,25 @@ To add one, add a row to `COMPARISONS`.
 
 import dataclasses
 import io
-from collections.abc import Callable
+import math
+import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 
-from resjax.config import flatten, unknown_name
+from resjax.config import Config, UsageError, flatten, unknown_name
 from resjax.report import Row, format_spread
 
 
 class Table:
-    """The rows of a comparison, by the values of their fields."""
+    """The rows of a comparison, by the values of their fields; `a__b` is the field a.b."""
 
     def __init__(self, rows: list[Row]):
         self.rows = rows
 
     def row(self, **fields: Any) -> Row:
-        """The only row whose configs have these values; `a__b` is the field a.b."""
+        """The only row whose configs have these values."""
         wanted = {name.replace("__", "."): value for name, value in fields.items()}
         (row,) = (
             row
@@ -30,15 +32,36 @@ class Table:
         )
         return row
 
+    def values(self, field: str) -> list[Any]:
+        """The values of a field, sorted."""
+        return sorted({flatten(row.results[0].config)[field] for row in self.rows})
+
     def mean(self, number: str = "error", **fields: Any) -> float:
         """The mean over seeds of a number of `report.Result`."""
         return self.row(**fields).spread(number)[0]
 
     def text(self, number: str = "error", **fields: Any) -> str:
-        """Mean +- std over seeds of a number of `report.Result`, in percent."""
-        digits = 3 if number == "train_loss" else 2
-        unit = " nats" if number == "train_loss" else " %"
-        return format_spread(self.row(**fields).spread(number), digits) + unit
+        """Mean +- std over seeds of a number of `report.Result`, in percent or nats."""
+        is_loss = number == "train_loss"
+        spread = format_spread(self.row(**fields).spread(number), 3 if is_loss else 2)
+        return spread + (" nats" if is_loss else " %")
+
+    def order(
+        self, one: dict[str, Any], other: dict[str, Any], number: str = "error"
+    ) -> int:
+        """-1 if a number is less in one row than in another, 1 if it is more.
+
+        0 if the means differ by less than two standard errors of their difference.
+        """
+        rows = self.row(**one), self.row(**other)
+        (a, a_std), (b, b_std) = (row.spread(number) for row in rows)
+        error = math.hypot(
+            *(
+                std / math.sqrt(len(row.results))
+                for std, row in zip((a_std, b_std), rows, strict=True)
+            )
+        )
+        return 0 if abs(a - b) <= 2 * error else (1 if a > b else -1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +72,7 @@ class Comparison:
       title: of the picture.
       claim: what the paper says, and where.
       vary: values by field, as `--vary` takes them.
+      fixed: fields that all runs must have, whatever the config, as `--config.` takes them.
       digits: fields in which its runs on the digits differ from configs/digits.py.
       axis: the field along the axis of the picture; None: test and training error by epoch.
       verdict: what was measured, in a sentence.
@@ -58,8 +82,28 @@ class Comparison:
     claim: str
     vary: dict[str, str]
     verdict: Callable[[Table], str]
+    fixed: dict[str, str] = dataclasses.field(default_factory=dict)
     digits: dict[str, str] = dataclasses.field(default_factory=dict)
     axis: str | None = None
+
+    def is_complete(self, rows: list[Row]) -> bool:
+        """Whether rows are those that the verdict is of: its fields, each of its values."""
+        names = set(self.vary) - {"seed"}
+        count = math.prod(len(split_values(self.vary[name])) for name in names)
+        return len(rows) == count and all(names == set(row.fields) for row in rows)
+
+
+def split_values(text: str) -> list[str]:
+    """The values of FIELD=VALUE,VALUE,...; a list as a value is in brackets."""
+    return [value.strip("()") for value in re.split(r",(?![^(]*\))", text)]
+
+
+def _outcome(signs: Iterable[int]) -> str:
+    """How a verdict begins, from the signs of `Table.order` that should be -1."""
+    signs = list(signs)
+    if 1 in signs:
+        return "Not as in the paper: "
+    return "As in the paper: " if -1 in signs else "Within the noise: "
 
 
 def _holds(holds: bool) -> str:
@@ -67,24 +111,23 @@ def _holds(holds: bool) -> str:
 
 
 def _shortcuts(table: Table) -> str:
-    error = {k: table.mean(model_kwargs__shortcut=k) for k in ("A", "B", "C", "none")}
+    kinds = {kind: {"model_kwargs__shortcut": kind} for kind in ("A", "B", "C", "none")}
     said = ", ".join(
-        f"{'no shortcut' if kind == 'none' else kind} "
-        f"{table.text(model_kwargs__shortcut=kind)}"
-        for kind in error
+        f"{'no shortcut' if kind == 'none' else kind} {table.text(**fields)}"
+        for kind, fields in kinds.items()
     )
-    holds = max(error, key=lambda kind: error[kind]) == "none"
-    return f"{_holds(holds)}test error is {said}."
+    signs = (table.order(kinds[kind], kinds["none"]) for kind in "ABC")
+    return f"{_outcome(signs)}test error is {said}."
 
 
 def _preact(table: Table) -> str:
     original = {"model": "cifar_resnet110"}
     preact = {"model": "cifar_preact_resnet110"}
-    holds = table.mean(**preact) <= table.mean(**original)
     return (
-        f"{_holds(holds)}at 110 layers, test error is {table.text(**original)} with the "
-        f"original units and {table.text(**preact)} with pre-activation; training loss "
-        f"{table.text('train_loss', **original)} and {table.text('train_loss', **preact)}."
+        f"{_outcome([table.order(preact, original)])}at 110 layers, test error is "
+        f"{table.text(**original)} with the original units and {table.text(**preact)} with "
+        f"pre-activation; training loss {table.text('train_loss', **original)} and "
+        f"{table.text('train_loss', **preact)}."
     )
 
 
@@ -94,27 +137,24 @@ _CARDINALITIES = ("1x64d", "2x40d", "4x24d", "8x14d", "32x4d")
 def _resnext(table: Table) -> str:
     names = {kind: f"cifar_resnext29_{kind}" for kind in _CARDINALITIES}
     said = ", ".join(f"{kind} {table.text(model=name)}" for kind, name in names.items())
-    holds = table.mean(model=names["32x4d"]) < table.mean(model=names["1x64d"])
-    return f"{_holds(holds)}at equal complexity, test error is {said}."
+    sign = table.order({"model": names["32x4d"]}, {"model": names["1x64d"]})
+    return f"{_outcome([sign])}at equal complexity, test error is {said}."
 
 
 def _gamma(table: Table) -> str:
-    one, zero = "msra_fan_out", "msra_fan_out_zero_gamma"
-    sizes = sorted({row.results[0].config.batch_size for row in table.rows})
+    one, zero = {"init": "msra_fan_out"}, {"init": "msra_fan_out_zero_gamma"}
+    sizes = [{"batch_size": size} for size in table.values("batch_size")]
     said = "; ".join(
-        f"at minibatch {size}, test error is {table.text(batch_size=size, init=one)} with "
-        f"1 and {table.text(batch_size=size, init=zero)} with 0"
+        f"at minibatch {size['batch_size']}, test error is {table.text(**size, **one)} "
+        f"with 1 and {table.text(**size, **zero)} with 0"
         for size in sizes
     )
-    holds = all(
-        table.mean(batch_size=size, init=zero) <= table.mean(batch_size=size, init=one)
-        for size in sizes
-    )
-    return f"{_holds(holds)}{said}."
+    signs = (table.order(size | zero, size | one) for size in sizes)
+    return f"{_outcome(signs)}{said}."
 
 
 def _bn(table: Table) -> str:
-    rates = sorted({row.results[0].config.lr_per_256 for row in table.rows})
+    rates = table.values("lr_per_256")
     best, largest = {}, {}
     for kind in ("batch", "none"):
         errors = {
@@ -141,43 +181,44 @@ _DEPTHS = (20, 32, 56)
 
 
 def _depth(table: Table) -> str:
-    grows, said = {}, []
+    signs, said = {}, []
     for kind in ("plain", "resnet"):
-        loss = [table.mean("train_loss", model=f"cifar_{kind}{depth}") for depth in _DEPTHS]
-        grows[kind] = loss[-1] > loss[0]
-        ends = [f"cifar_{kind}{depth}" for depth in (_DEPTHS[0], _DEPTHS[-1])]
+        shallow, deep = (
+            {"model": f"cifar_{kind}{depth}"} for depth in (_DEPTHS[0], _DEPTHS[-1])
+        )
+        signs[kind] = table.order(deep, shallow, "train_error")
         errors, losses = (
-            [table.text(number, model=name) for name in ends]
+            " and ".join(table.text(number, **fields) for fields in (shallow, deep))
             for number in ("train_error", "train_loss")
         )
-        name = "plain nets" if kind == "plain" else "residual nets"
         said.append(
-            f"{name} of {_DEPTHS[0]} and {_DEPTHS[-1]} layers end at training error "
-            f"{errors[0]} and {errors[1]} (training loss {losses[0]} and {losses[1]})"
+            f"{'plain' if kind == 'plain' else 'residual'} nets of {_DEPTHS[0]} and "
+            f"{_DEPTHS[-1]} layers end at training error {errors} (loss {losses})"
         )
-    return f"{_holds(grows['plain'] and not grows['resnet'])}{'; '.join(said)}."
+    holds = signs["plain"] == 1 and signs["resnet"] < 1
+    return f"{_holds(holds)}{'; '.join(said)}."
 
 
 def _minibatch(table: Table) -> str:
-    sizes = sorted({row.results[0].config.batch_size for row in table.rows})
-    errors = {size: table.mean(batch_size=size) for size in sizes}
-    _, std = table.row(batch_size=sizes[0]).spread("error")
-    flat = [size for size in sizes if errors[size] <= errors[sizes[0]] + 2 * std]
-    said = ", ".join(f"{size}: {table.text(batch_size=size)}" for size in sizes)
-    holds = len(flat) >= len(sizes) / 2 and errors[sizes[-1]] > errors[sizes[0]]
+    sizes = [{"batch_size": size} for size in table.values("batch_size")]
+    said = ", ".join(f"{size['batch_size']}: {table.text(**size)}" for size in sizes)
+    above = [table.order(size, sizes[0]) == 1 for size in sizes]
+    flat = [*above, True].index(True)  # so many, from the smallest, are not above it
     return (
-        f"{_holds(holds)}test error by minibatch is {said}; up to {max(flat)} it is within "
-        f"two deviations of that at {sizes[0]}."
+        f"{_holds(len(sizes) / 2 <= flat < len(sizes))}test error by minibatch is {said}; "
+        f"up to {sizes[flat - 1]['batch_size']} it is that of {sizes[0]['batch_size']} "
+        "within the noise."
     )
 
 
 def _warmup(table: Table) -> str:
-    kinds = ("none", "constant", "gradual")
-    errors = {kind: table.mean(warmup=kind) for kind in kinds}
-    said = ", ".join(f"{kind} {table.text(warmup=kind)}" for kind in kinds)
-    loss = ", ".join(f"{kind} {table.text('train_loss', warmup=kind)}" for kind in kinds)
-    best = min(kinds, key=lambda kind: errors[kind])
-    return f"{_holds(best == 'gradual')}test error is {said}; training loss {loss}."
+    kinds = [{"warmup": kind} for kind in ("none", "constant", "gradual")]
+    said, losses = (
+        ", ".join(f"{kind['warmup']} {table.text(number, **kind)}" for kind in kinds)
+        for number in ("error", "train_loss")
+    )
+    signs = [table.order(kinds[-1], kind) for kind in kinds[:-1]]
+    return f"{_outcome(signs)}test error is {said}; training loss {losses}."
 
 
 _LAYERS = {10: (4,), 22: (10,), 30: (14,)}
@@ -202,29 +243,31 @@ def _init(table: Table) -> str:
 COMPARISONS: dict[str, Comparison] = {
     "shortcuts": Comparison(
         title="Shortcuts (He et al. 2015, table 3)",
-        claim="He et al. 2015, table 3 (34 layers, ImageNet): plain 28.54 % error, A 25.03 %, "
-        "B 24.52, C 24.19.",
+        claim="He et al. 2015, table 3 (34 layers, ImageNet): plain 28.54 % error, A "
+        "25.03, B 24.52, C 24.19.",
         vary={"model_kwargs.shortcut": "A,B,C,none", "seed": "0,1,2,3"},
         digits={"model": "cifar_resnet32", "num_epochs": "12", "eval_every_epochs": "2"},
         verdict=_shortcuts,
     ),
     "preact": Comparison(
-        title="Original and pre-activation units (He et al. 2016, table 2)",
-        claim="He et al. 2016, table 2 (CIFAR-10): 6.61 % error originally and 6.37 % with "
+        title="Original and pre-activation units (He et al. 2016, table 3)",
+        claim="He et al. 2016, table 3 (CIFAR-10): 6.61 % error originally and 6.37 % with "
         "pre-activation at 110 layers, 7.61 and 4.92 % at 1,001.",
         vary={"model": "cifar_resnet110,cifar_preact_resnet110", "seed": "0,1,2,3"},
-        digits={"num_epochs": "8", "eval_every_epochs": "1", "model_kwargs.remat": "true"},
+        fixed={"model_kwargs.remat": "true"},  # they are deep
+        digits={"num_epochs": "8", "eval_every_epochs": "1"},
         verdict=_preact,
     ),
     "resnext": Comparison(
-        title="Cardinality at equal complexity (Xie et al. 2016, table 3)",
+        title="Cardinality at equal complexity, half as wide (Xie et al. 2016, table 3)",
         claim="Xie et al. 2016, table 3 (50 layers, ImageNet): 1x64d 23.9 % error, 2x40d "
         "23.0, 4x24d 22.6, 8x14d 22.3, 32x4d 22.2.",
         vary={
             "model": ",".join(f"cifar_resnext29_{kind}" for kind in _CARDINALITIES),
             "seed": "0,1,2,3",
         },
-        digits={"num_epochs": "8", "eval_every_epochs": "1", "model_kwargs.width": "32"},
+        fixed={"model_kwargs.width": "32"},
+        digits={"num_epochs": "8", "eval_every_epochs": "1"},
         verdict=_resnext,
     ),
     "gamma": Comparison(
@@ -248,12 +291,8 @@ COMPARISONS: dict[str, Comparison] = {
             "lr_per_256": "0.02,0.1,0.5,2.5",
             "seed": "0,1,2",
         },
-        digits={
-            "model": "cifar_plain20",
-            "num_epochs": "8",
-            "eval_every_epochs": "2",
-            "init": "msra_fan_in",
-        },
+        fixed={"model": "cifar_plain20", "init": "msra_fan_in"},
+        digits={"num_epochs": "8", "eval_every_epochs": "2"},
         axis="lr_per_256",
         verdict=_bn,
     ),
@@ -272,9 +311,10 @@ COMPARISONS: dict[str, Comparison] = {
     ),
     "minibatch": Comparison(
         title="Minibatch size under linear scaling (Goyal et al. 2017, figure 1)",
-        claim="Goyal et al. 2017, figure 1 (ResNet-50, ImageNet): 23.49 to 23.74 % error "
+        claim="Goyal et al. 2017, figure 1 (ResNet-50, ImageNet): 23.48 to 23.74 % error "
         "from minibatch 128 to 8,192, then 24.79, 27.55 and 33.96 % up to 65,536.",
         vary={"batch_size": "64,128,256,512,1024", "seed": "0,1,2,3"},
+        fixed={"warmup": "gradual"},
         digits={"num_epochs": "15", "eval_every_epochs": "3"},
         axis="batch_size",
         verdict=_minibatch,
@@ -301,9 +341,8 @@ COMPARISONS: dict[str, Comparison] = {
             "init": "xavier,msra_fan_in",
             "seed": "0,1,2",
         },
+        fixed={"model": "cifar_plain20", "norm.kind": "none"},
         digits={
-            "model": "cifar_plain20",
-            "norm.kind": "none",
             "batch_size": "32",
             "lr_per_256": "0.3",
             "warmup": "none",
@@ -320,6 +359,18 @@ def get_comparison(name: str) -> Comparison:
     if name not in COMPARISONS:
         raise unknown_name("COMPARISON", name, COMPARISONS)
     return COMPARISONS[name]
+
+
+def check_config(name: str, config: Config) -> None:
+    """Raises `UsageError` for nets of small images on large ones."""
+    row = COMPARISONS[name]
+    models = (row.vary | row.fixed).get("model", "")
+    size = config.data.image_size
+    if models.startswith("cifar_") and size > 64:
+        raise UsageError(
+            f"COMPARISON: {name} compares CIFAR nets, and config.data.image_size is "
+            f"{size}; allowed: up to 64"
+        )
 
 
 def describe() -> str:
@@ -357,8 +408,9 @@ def draw(rows: list[Row], comparison: Comparison | None = None) -> bytes:
         panel.set_yticks(ticks, map(str, ticks))
         panel.tick_params(labelleft=True)
         panel.grid(alpha=0.3)
-    if panels[1].get_legend_handles_labels()[1]:
-        panels[1].legend(fontsize=8)
+    names = [name for name in rows[0].fields if name != axis]
+    if names:
+        panels[1].legend(fontsize=8, title=", ".join(names), title_fontsize=8)
     file = io.BytesIO()
     figure.savefig(file, dpi=120, format="png")
     return file.getvalue()
@@ -373,13 +425,11 @@ def _styles(rows: list[Row], axis: str | None) -> list[tuple[str, dict[str, Any]
     styles = []
     for row in rows:
         values = [row.fields[name] for name in names]
-        said = zip((name.rpartition(".")[2] for name in names), values, strict=True)
-        label = " ".join(f"{name}={value}" for name, value in said)
         first = firsts.index(values[0]) if values else 0
         other = others.index(tuple(values[1:]))
         place, dash = (first, 0) if by_colour else (other, first)
-        dashes = ("-", "--", ":")[dash % 3]
-        styles.append((label, {"color": f"C{place}", "linestyle": dashes}))
+        style = {"color": f"C{place}", "linestyle": ("-", "--", ":")[dash % 3]}
+        styles.append((", ".join(map(str, values)), style))
     return styles
 
 

@@ -3,8 +3,9 @@
 python -m resjax.report runs/digits_seed*
 python -m resjax.report runs/* --csv=runs.csv --plot=runs.png
 
-The error of a run is the median of its evaluations in the last 5 epochs. Runs are of one
-configuration if they differ in nothing but the seed and fields that change no number.
+The error of a run is the median of its evaluations in the last 5 epochs, of a run of less
+than 50 in its last tenth. Runs are of one configuration if they differ in nothing but the
+seed and fields that change no number.
 """
 
 import csv
@@ -23,7 +24,7 @@ from resjax import checkpoint, records
 from resjax import config as configs
 from resjax.config import Config, UsageError
 
-_LAST_EPOCHS = 5
+_LAST_EPOCHS = 5  # at most a tenth of a run
 _SAME_FIELDS = [  # of the runs of one configuration
     name for name in configs.fields() if name not in ("seed", *configs.FREE_FIELDS)
 ]
@@ -40,6 +41,7 @@ class Result:
       num_evaluations: that the median is of.
       train_loss: of the last training record, in nats; not finite if the run diverged.
       train_error: likewise, top-1 in percent.
+      test_loss: of the last evaluation, as `train_loss`.
       curve: {epoch: top-1 test error in percent} of every evaluation.
       train_curve: {epoch: top-1 training error in percent} of every training record.
     """
@@ -50,6 +52,7 @@ class Result:
     num_evaluations: int
     train_loss: float
     train_error: float
+    test_loss: float
     curve: dict[float, float]
     train_curve: dict[float, float]
 
@@ -76,9 +79,9 @@ class Row:
 
     def spread(self, number: str) -> tuple[float, float]:
         """Mean and sample standard deviation of a number of `Result` over the runs."""
-        values = [getattr(result, number) for result in self.results]
-        std = statistics.stdev(values) if len(values) > 1 else math.nan
-        return statistics.fmean(values), std
+        values = np.array([getattr(result, number) for result in self.results])
+        std = float(values.std(ddof=1)) if len(values) > 1 else math.nan
+        return float(values.mean()), std
 
 
 def summarize(workdirs: Iterable[str | epath.Path]) -> list[Row]:
@@ -145,13 +148,15 @@ def read_run(workdir: str | epath.Path) -> Result:
                 f"not finished, at step {step}, last evaluated at epoch {reached:g} of "
                 f"{config.num_epochs:g}"
             )
-        start = config.num_epochs - _LAST_EPOCHS + slack
+        start = config.num_epochs - min(_LAST_EPOCHS, config.num_epochs / 10) + slack
         last = [error for epoch, error in curve.items() if epoch > start]
         last = last or [curve[reached]]
         trained = [row for row in rows if row["split"] == "train"]
         train_curve = {row["epoch"]: 100 - row["top1"] for row in trained}
-        loss = trained[-1]["loss"]
-        train_loss = math.nan if loss is None else float(loss)  # None: it diverged
+        train_loss, test_loss = (
+            math.nan if row["loss"] is None else float(row["loss"])  # None: it diverged
+            for row in (trained[-1], tests[-1])
+        )
     except (LookupError, TypeError, ZeroDivisionError) as error:
         raise UsageError(
             f"{workdir / 'metrics.jsonl'} is damaged: {type(error).__name__}: {error}"
@@ -163,6 +168,7 @@ def read_run(workdir: str | epath.Path) -> Result:
         num_evaluations=len(last),
         train_loss=train_loss,
         train_error=train_curve[trained[-1]["epoch"]],
+        test_loss=test_loss,
         curve=curve,
         train_curve=train_curve,
     )
@@ -234,8 +240,8 @@ def format_table(rows: list[Row]) -> str:
         text += "  ".join(cells) + "\n"
     return (
         f"{text}\nerror: top-1 in percent; of a run, the median of its evaluations in the "
-        f"last {_LAST_EPOCHS} epochs;\nof a row, mean +- sample standard deviation over "
-        "seeds"
+        f"last {_LAST_EPOCHS} epochs,\nat most the last tenth; of a row, mean +- sample "
+        "standard deviation over seeds"
     )
 
 

@@ -12,6 +12,7 @@ stopped.
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 import os
@@ -20,10 +21,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
 from resjax import (
+    build,
     build_members,
     checkpoint,
     checkpoint_writer,
@@ -56,19 +59,21 @@ def parse_vary(words: Sequence[str]) -> dict[str, list[str]]:
     """{field: values as text} of FIELD=VALUE,VALUE,...; a list as a value is in brackets.
 
     Raises:
-      UsageError: a word of another form, an unknown field, something that comes twice.
+      UsageError: a word of another form, a field that is unknown or changes no number, a
+        field that comes twice.
     """
     vary: dict[str, list[str]] = {}
     for word in words:
         name, _, text = word.removeprefix("config.").partition("=")
         if name not in configs.fields():
             raise configs.unknown_name("--vary", name, configs.fields())
+        if name in configs.FREE_FIELDS:
+            raise UsageError(f"--vary {word}: {name} changes no number of a run")
         if not text:
             raise UsageError(f"--vary {word}: write --vary {name}=VALUE,VALUE,...")
-        values = [value.strip("()") for value in re.split(r",(?![^(]*\))", text)]
-        if name in vary or len(set(values)) < len(values):
-            raise UsageError(f"--vary {word}: the field or one of its values comes twice")
-        vary[name] = values
+        if name in vary:
+            raise UsageError(f"--vary {word}: {name} comes twice")
+        vary[name] = comparisons.split_values(text)
     return vary
 
 
@@ -78,18 +83,23 @@ def make_members(
     """A member for every combination of values.
 
     Raises:
-      UsageError: a value that is not allowed.
+      UsageError: a value that is not allowed or comes twice.
     """
-    members = []
+    members: dict[str, Member] = {}
     for values in itertools.product(*vary.values()):
         pairs = list(zip(vary, values, strict=True))
         own = configs.override(config, [f"--config.{name}={text}" for name, text in pairs])
-        short = [
-            (name.rpartition(".")[2], re.sub(r"[^\w.+-]", "-", text))
-            for name, text in pairs
-        ]
-        members.append(Member(folder / ",".join(map("=".join, short)), own))
-    return members
+        short = ((name.rpartition(".")[2], text) for name, text in pairs)
+        safe = (f"{name}={re.sub(r'[^a-zA-Z0-9_.+-]', '-', text)}" for name, text in short)
+        member = Member(folder / ",".join(safe), own)
+        twin = next((m for m in members.values() if m.config == own), None)
+        twin = members.setdefault(member.workdir.name, twin or member)
+        if twin is not member:
+            raise UsageError(
+                f"--vary: {member.workdir.name} and {twin.workdir.name} are one run, or "
+                "have one workdir; leave a value out"
+            )
+    return list(members.values())
 
 
 def plan(
@@ -106,22 +116,32 @@ def plan(
       vary: values as text by field, in place of those of the comparison.
       config_file: of what the members share; None: the digits, as the comparison has them.
       words: `--config.FIELD=VALUE`, of all members.
-      workdir: the folder; None: runs/sweep_NAME.
+      workdir: the folder; None: runs/sweep_NAME, of the comparison, of the config, of both.
 
     Raises:
       UsageError: something that does not fit.
     """
     base = configs.load_config(config_file or _DIGITS)
+    given = {word.removeprefix("--config.").partition("=")[0] for word in words}
     if name is not None:
         comparison = comparisons.get_comparison(name)
         vary = parse_vary([f"{k}={v}" for k, v in comparison.vary.items()]) | vary
-        if not config_file:
-            own = [f"--config.{k}={v}" for k, v in comparison.digits.items()]
-            base = configs.override(base, own)
+        own = comparison.fixed | ({} if config_file else comparison.digits)
+        base = configs.override(base, [f"--config.{k}={v}" for k, v in own.items()])
+        comparisons.check_config(name, base)
+        for field in sorted(given & comparison.fixed.keys()):
+            raise UsageError(
+                f"--config.{field}: it is {comparison.fixed[field]} in {name}; leave it out"
+            )
     if not vary:
         raise UsageError("--vary: missing; write --vary FIELD=VALUE,... or a COMPARISON")
-    default = f"runs/sweep_{name or (config_file or _DIGITS).stem}"
-    folder = checkpoint.to_path(workdir or default)
+    for field in sorted(given & vary.keys()):
+        raise UsageError(
+            f"--config.{field}: it varies; give its values with --vary {field}="
+        )
+    parts = [name, config_file.stem if config_file else None]
+    default = "_".join(["sweep", *filter(None, parts)]) if any(parts) else "sweep_digits"
+    folder = checkpoint.to_path(workdir or f"runs/{default}")
     return make_members(configs.override(base, words), vary, folder), folder
 
 
@@ -129,19 +149,11 @@ def train(members: list[Member]) -> None:
     """Trains what is not finished, on all cores; SIGTERM and Ctrl-C end the process.
 
     Raises:
+      RunError: a run could not go on; it, and those after it, are not finished.
       UsageError: a workdir that holds something else, or a field that does not fit.
     """
     use_all_cores(members)
     with signals.stop_signals() as stop:
-        folder = members[0].workdir.parent
-
-        def tell(signum: int) -> None:
-            records.say(
-                f"stopped by signal {signum}; the same command goes on from the last "
-                f"evaluation saved in {folder}"
-            )
-
-        stop.tell = tell
         code = _train_all(members, stop)
         if code:
             signals.leave(code)  # what computes may not end well with the interpreter
@@ -149,6 +161,14 @@ def train(members: list[Member]) -> None:
 
 def _train_all(members: list[Member], stop: signals.StopSignals) -> int:
     """0, or 128 + n after it was stopped by signal n."""
+    folder = members[0].workdir.parent
+
+    def tell(signum: int) -> None:
+        records.say(
+            f"stopped by signal {signum}; the same command goes on from what is saved in "
+            f"{folder}"
+        )
+
     todo = [member for member in members if not _is_finished(member)]
     if len(todo) < len(members):
         records.say(f"{len(members) - len(todo)} of {len(members)} runs are finished")
@@ -157,48 +177,64 @@ def _train_all(members: list[Member], stop: signals.StopSignals) -> int:
         own = [todo[place] for place in places]
         names = " ... ".join(dict.fromkeys(m.workdir.name for m in (own[0], own[-1])))
         records.say(f"part {i + 1} of {len(groups)}, {len(own)} at once: {names}")
-        if not build_members.can_train_together(own[0].config):
-            try:
-                code = training.train(own[0].config, own[0].workdir, stop)
-            except RunError as error:
-                records.warn(f"{own[0].workdir.name}: {error}")
-                code = 0
-        else:
+        stop.tell, stop.has_news = tell, False
+        if build_members.can_train_together(own[0].config):
             code = _train_group(own, stop)
+        else:
+            code = _train_alone(own[0], stop)
         if code:
             return code
     return 0
 
 
+def _train_alone(member: Member, stop: signals.StopSignals) -> int:
+    """As `train.py` does; a run that diverges is told and left as it is."""
+    try:
+        return training.train(member.config, member.workdir, stop)
+    except RunError as error:
+        if not isinstance(error.__cause__, FloatingPointError):
+            raise
+        records.warn(f"{member.workdir.name}: {error}")
+        return 0
+
+
 def _is_finished(member: Member) -> bool:
-    """Whether the run was evaluated after its last update."""
-    training.check_workdir(member.workdir, member.config)
+    """Whether the run was evaluated after its last update, and saved unless it diverged."""
+    latest, _ = training.check_workdir(member.workdir, member.config)
+    if latest and training.is_finished(member.workdir, latest):
+        return True
     if not (member.workdir / "config.json").exists():
         return False
     try:
-        report.read_run(member.workdir)
+        return not math.isfinite(report.read_run(member.workdir).test_loss)
     except report.NotFinishedError:
         return False
-    return True
 
 
 def _train_group(group: list[Member], stop: signals.StopSignals) -> int:
     """Trains runs at once, from the last evaluation that all of them have saved."""
     members = build_members.build_members([member.config for member in group])
-    states, start_step, windows = _first_states(group, members)
     with contextlib.ExitStack() as stack:
         for member in group:
             training.make_workdir(member.workdir)
             stack.enter_context(records.lock(member.workdir))
             training.write_config(member.workdir, member.config)
-        writes = [
-            stack.enter_context(records.open_metrics(member.workdir, start_step))
-            for member in group
-        ]
+        states, start_step, windows = _first_states(group, members)
         logs = [
-            _Log(member, members, i, write, windows[i])
-            for i, (member, write) in enumerate(zip(group, writes, strict=True))
+            _Log(
+                member,
+                members,
+                place,
+                stack.enter_context(records.open_metrics(member.workdir, start_step)),
+                windows[place],
+            )
+            for place, member in enumerate(group)
         ]
+        origin = f"after step {start_step}" if start_step else "from the start"
+        records.say(
+            f"{members.configs[0].model} on {members.configs[0].data.name}, {origin}, "
+            f"{members.num_steps:,} steps of {members.configs[0].batch_size}; compiling ..."
+        )
         for segment in train_members(
             members, states, start_step, lambda: bool(stop.received)
         ):
@@ -219,21 +255,60 @@ def _train_group(group: list[Member], stop: signals.StopSignals) -> int:
 def _first_states(
     group: list[Member], members: Members
 ) -> tuple[TrainState, int, list[dict[str, float]]]:
-    """States, the updates they have seen, and what the logs had summed by then."""
+    """States, the updates they have seen, and what the logs had summed by then.
+
+    They are from the last step that every member has saved or had diverged by; what a
+    member has saved later is removed, since it is made again.
+    """
     start = members.init_states()
-    found = [checkpoint.read_latest(member.workdir)[0] for member in group]
-    latest = [one for one in found if one]
-    if len(latest) < len(group) or len({one.step for one in latest}) > 1:
-        return start, 0, [{} for _ in group]
     like = jax.eval_shape(lambda tree: jax.tree.map(lambda x: x[0], tree), start)
-    states = [
-        TrainState(
-            **checkpoint.to_tree(one.arrays["variables"], like.variables, one.path),
-            **checkpoint.to_tree(one.arrays["optimizer"], like.optimizer, one.path),
-        )
-        for one in latest
+    found: list[tuple[TrainState, dict[str, float]]] = []
+    step = 0
+    reached = [
+        {*checkpoint.list_steps(member.workdir), *_diverged_by(member)} for member in group
     ]
-    return members.shard(states), latest[0].step, [one.record["window"] for one in latest]
+    for step in sorted(set.intersection(*reached), reverse=True):
+        try:
+            found = [_read_state(member, step, like) for member in group]
+            break
+        except checkpoint.DamagedError as error:
+            records.warn(f"{error}; an earlier one is used")
+    if not found:
+        step = 0
+    for member in group:
+        for later in checkpoint.list_steps(member.workdir):
+            if later > step:
+                checkpoint.directory(member.workdir, later).rmtree()
+    if not found:
+        return start, 0, [{} for _ in group]
+    states, windows = zip(*found, strict=True)
+    return members.shard(states), step, list(windows)
+
+
+def _diverged_by(member: Member) -> set[int]:
+    """The evaluations whose loss was not finite, of which there is no checkpoint."""
+    evaluations = records.read_evaluations(member.workdir)
+    return {row["step"] for row in evaluations if row["loss"] is None}
+
+
+def _read_state(
+    member: Member, step: int, like: TrainState
+) -> tuple[TrainState, dict[str, float]]:
+    """A member's state after a step, NaN if it had diverged, and its log's window."""
+    if step in _diverged_by(member):
+        lost = jax.tree.map(
+            lambda x: np.full(
+                x.shape, step if jnp.issubdtype(x.dtype, jnp.integer) else np.nan, x.dtype
+            ),
+            like,
+        )
+        return lost, {}
+    saved = checkpoint.read_directory(checkpoint.directory(member.workdir, step))
+    state = TrainState(
+        **checkpoint.to_tree(saved.arrays["variables"], like.variables, saved.path),
+        **checkpoint.to_tree(saved.arrays["optimizer"], like.optimizer, saved.path),
+    )
+    return state, training.stored_window(member.config, saved)
 
 
 class _Log:
@@ -247,7 +322,11 @@ class _Log:
         write: Callable[[records.Record], None],
         window: dict[str, float],
     ):
-        config = member.config
+        config, workdir = member.config, member.workdir
+        self.evaluations = records.read_evaluations(workdir)
+        metric = config.checkpoint.best_metric
+        best_step = functools.partial(records.best_step, self.evaluations, metric)
+        self.keep = build.build_keep(config, best_step)
         self.workdir, self.record, self.place = (
             member.workdir,
             members.records[place],
@@ -276,16 +355,12 @@ class _Log:
                 self.window = {}
         test = {name: float(sums[self.place]) for name, sums in segment.test.items()}
         evaluation = self._write(segment.step, "test", test, speed)
+        self.evaluations.append(evaluation)
         state = jax.tree.map(lambda x: np.asarray(x[self.place]), segment.states)
         record = {**self.record, "evaluation": evaluation, "window": self.window}
-        with (
-            contextlib.suppress(
-                FloatingPointError
-            ),  # of a run that diverged: none is saved
-            checkpoint_writer.open_writer(
-                self.workdir, lambda steps: {steps[-1]}
-            ) as writer,
-        ):
+        # Of a run that diverged, nothing is saved.
+        opened = checkpoint_writer.open_writer(self.workdir, self.keep)
+        with contextlib.suppress(FloatingPointError), opened as writer:
             checkpoint_writer.save(
                 writer, segment.step, state.variables, state.optimizer, record
             )
@@ -334,22 +409,23 @@ def compare(members: list[Member], name: str | None, folder: epath.Path) -> None
     Raises:
       UsageError: there is no finished run.
     """
-    comparison = comparisons.get_comparison(name) if name else None
     rows = report.summarize([member.workdir for member in members])
     records.say("\n" + report.format_table(rows))
-    picture = comparisons.draw(rows, comparison)
-    files = {"compare.csv": report.format_csv(rows).encode(), "compare.png": picture}
-    if comparison and len(rows) == len({*map(_without_seed, members)}):
-        text = f"{comparison.claim}\n{comparison.verdict(comparisons.Table(rows))}\n"
+    missing = len(members) - sum(len(row.results) for row in rows)
+    comparison = comparisons.get_comparison(name) if name else None
+    (folder / "compare.txt").unlink(missing_ok=True)
+    (folder / "compare.csv").write_text(report.format_csv(rows))
+    (folder / "compare.png").write_bytes(comparisons.draw(rows, comparison))
+    if missing:
+        records.warn(f"{missing} of {len(members)} runs are not finished, or diverged")
+    elif comparison and comparison.is_complete(rows):
+        table = comparisons.Table(rows)
+        text = f"{comparison.claim}\n{comparison.verdict(table)}\n"
         records.say(f"\n{text}")
-        files["compare.txt"] = text.encode()
-    for name, data in files.items():
-        (folder / name).write_bytes(data)
+        (folder / "compare.txt").write_text(text)
+    elif comparison:
+        records.say(f"no verdict: --vary is not that of {name}")
     records.say(f"see {folder / 'compare.png'} and {folder / 'compare.csv'}")
-
-
-def _without_seed(member: Member) -> Config:
-    return dataclasses.replace(member.config, seed=0)
 
 
 def main(args: list[str]) -> int:

@@ -86,7 +86,7 @@ def _train(config: Config, workdir: epath.Path, stop: signals.StopSignals) -> bo
     if latest:
         build.check_data(run.record, latest.record)
     state, origin = _first_state(config, run, latest)
-    window = _window(config, latest)
+    window = stored_window(config, latest)
     seen = [*damaged, *([latest.step] if latest else [])]
     del latest  # and its arrays
     make_workdir(workdir)
@@ -277,7 +277,7 @@ def introduce(config: Config, run: build.Run, workdir: epath.Path, origin: str) 
     )
 
 
-def _window(config: Config, latest: Checkpoint | None) -> dict[str, float]:
+def stored_window(config: Config, latest: Checkpoint | None) -> dict[str, float]:
     """What the log had summed when the checkpoint was written."""
     if not latest or latest.record["config"]["log_every_steps"] != config.log_every_steps:
         return {}

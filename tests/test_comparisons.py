@@ -32,6 +32,7 @@ def made_up(name, error_of):
             num_evaluations=1,
             train_loss=error / 10,
             train_error=error,
+            test_loss=error / 10,
             curve={1.0: 90.0, 2.0: error},
             train_curve={1.0: 90.0, 2.0: error},
         )
@@ -77,11 +78,51 @@ def test_a_verdict_says_whether_the_claim_holds_and_gives_mean_and_deviation(nam
     assert " +- 0.5" in good and good.endswith(".") and "\n" not in good
 
 
+def test_differences_within_two_standard_errors_are_noise():
+    # Two of the seeds at +0.5 and two at -0.5: 0.577 apart, 0.289 the error of each mean.
+    table = comparisons.Table(made_up("gamma", lambda c: 10 + 0.8 * ("zero" in c.init)))
+    one, zero = ({"init": name, "batch_size": 128} for name in table.values("init"))
+    assert table.order(one, zero) == 0  # 0.8 < 2 * 0.289 * sqrt(2) = 0.816
+    assert "Within the noise: " in COMPARISONS["gamma"].verdict(table)
+    table = comparisons.Table(made_up("gamma", lambda c: 10 + 0.83 * ("zero" in c.init)))
+    assert (table.order(one, zero), table.order(zero, one)) == (-1, 1)
+    assert COMPARISONS["gamma"].verdict(table).startswith("Not as in the paper: ")
+
+
+def test_minibatches_are_flat_up_to_the_first_that_is_worse():
+    errors = {64: 10, 128: 30, 256: 10, 512: 10, 1024: 40}
+    table = comparisons.Table(made_up("minibatch", lambda c: errors[c.batch_size]))
+    verdict = COMPARISONS["minibatch"].verdict(table)
+    assert verdict.startswith("Not as in the paper: ") and "up to 64 it is" in verdict
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_of_other_fields_or_values_have_no_verdict(name):
+    rows = made_up(name, ERRORS[name])
+    assert COMPARISONS[name].is_complete(rows)
+    assert not COMPARISONS[name].is_complete(rows[1:])
+    rows[0].fields["weight_decay"] = 0.1
+    assert not COMPARISONS[name].is_complete(rows)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_comparison_is_about_holds_on_any_config(name):
+    folder = "imagenet_resnet50" if name in ("shortcuts", "gamma", "warmup") else None
+    path = ROOT / "configs" / f"{folder or 'cifar10_resnet20'}.py"
+    members, where = sweep.plan(name, {}, path)
+    assert where == epath.Path(f"runs/sweep_{name}_{path.stem}")
+    for field, text in COMPARISONS[name].fixed.items():
+        values = {str(configs.flatten(m.config)[field]).lower() for m in members}
+        assert values == {text}
+    base = configs.load_config(path)
+    assert {m.config.num_epochs for m in members} == {base.num_epochs}
+
+
 def test_mean_and_deviation_of_a_verdict_are_those_of_the_runs():
-    # Seeds 0, 1, 2 are at +0.5, -0.5, +0.5: mean 1/6 above, deviation 1/sqrt(3).
+    # Seeds 0 to 3 are at +0.5, -0.5, +0.5, -0.5: deviation 1/sqrt(3).
     table = comparisons.Table(made_up("shortcuts", lambda c: 10.0))
-    assert table.text(model_kwargs__shortcut="A") == "10.17 +- 0.58 %"
-    assert table.mean("train_loss", model_kwargs__shortcut="C") == pytest.approx(1.0166667)
+    assert table.text(model_kwargs__shortcut="A") == "10.00 +- 0.58 %"
+    assert table.mean("train_loss", model_kwargs__shortcut="C") == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("name", ["depth", "minibatch", "bn"])

@@ -196,6 +196,23 @@ def test_a_wrong_flag_is_named(script, flag, told, monkeypatch):
         script.main([flag])
 
 
+@pytest.mark.parametrize(
+    "script, models, told",
+    [
+        (responses, "cifar_preact_resnet110", "allowed: none with pre-activation"),
+        (paths, "cifar_resnet20", "allowed: one of pre-activation"),
+        (paths, "cifar_preact_resnet110,cifar_preact_resnet164", "more than one model"),
+    ],
+)
+def test_a_net_that_a_figure_is_not_of_is_refused_before_training(
+    script, models, told, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UsageError, match=told):
+        script.main([f"--vary=model={models}", f"--workdir={tmp_path / 'new'}"])
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.fixture(scope="module")
 def drawn(command, tmp_path_factory):
     """draw(script, models, *flags) -> .table .verdict .runs, of two seeds."""

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -23,7 +24,7 @@ def read_metrics(workdir):
 
 @pytest.fixture(scope="module")
 def swept(tiny_config, tmp_path_factory, data_dir):
-    """Two schemes by two seeds of the tiny net, and one that diverges: (folder, flags)."""
+    """Two schemes by two seeds of the tiny net: (folder, flags)."""
     folder = tmp_path_factory.mktemp("sweep")
     flags = [
         f"--config={tiny_config}",
@@ -81,9 +82,7 @@ def test_the_table_the_csv_and_the_picture_are_of_all_runs(swept, capsys):
     errors = []
     for seed in (0, 1):
         rows = read_metrics(folder / f"init=msra_fan_out,seed={seed}")
-        errors.append(
-            np.median([100 - row["top1"] for row in rows if row["split"] == "test"])
-        )
+        errors.append([100 - row["top1"] for row in rows if row["split"] == "test"][-1])
     assert float(two["error"]) == pytest.approx(np.mean(errors))
     assert float(two["error_std"]) == pytest.approx(np.std(errors, ddof=1))
     assert f"{np.mean(errors):.2f} +- {np.std(errors, ddof=1):.2f}" in out
@@ -114,19 +113,43 @@ def test_one_more_value_trains_what_is_missing_alone(swept, capsys, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_that_diverges_is_a_row_of_the_table(swept, capsys, tmp_path):
+def test_runs_that_diverge_are_a_row_of_the_table_and_stop_nobody(swept, capsys, tmp_path):
     _, flags = swept
-    flags = [flags[0], f"--workdir={tmp_path}", "--config.num_epochs=0.1"]
-    words = ["--vary=lr_per_256=1e30,0.1", "--config.norm.kind=none"]
-    assert sweep.main([*flags, *words]) == 0
+    flags = [
+        flags[0],
+        f"--workdir={tmp_path}",
+        "--config.num_epochs=0.3",
+        "--config.eval_every_epochs=0.1",
+        "--config.norm.kind=none",
+        "--vary=lr_per_256=1e30,0.1",
+        "--vary=seed=0,1",
+    ]
+    assert sweep.main(flags) == 0
     out = capsys.readouterr().out
-    assert "1 diverged" in out
+    assert "2 diverged" in out
     row = next(line for line in out.splitlines() if line.startswith("lr_per_256=1e+30"))
-    assert row.split()[2] == "100.00" and row.split()[-1] == "nan"
-    last = read_metrics(tmp_path / "lr_per_256=1e30")[-1]
+    assert row.split()[2:5] == ["100.00", "+-", "0.00"] and row.split()[-1] == "nan"
+    workdirs = {path.name: path for path in tmp_path.iterdir() if path.is_dir()}
+    lost, whole = workdirs["lr_per_256=1e30,seed=0"], workdirs["lr_per_256=0.1,seed=0"]
+    last = read_metrics(lost)[-1]
     assert last["loss"] is None and last["top1"] == 0
-    assert not list(tmp_path.glob("lr_per_256=1e30/checkpoints/*/state"))
-    assert len(list(tmp_path.glob("lr_per_256=0.1/checkpoints/*/state"))) == 1
+    assert not list(lost.glob("checkpoints/*/state"))
+    # One whose last checkpoint is gone makes it again, from the one before it.
+    steps = sorted(int(path.parent.name) for path in whole.glob("checkpoints/*/state"))
+    before = saved(whole, steps[-1])
+    for name in workdirs:
+        if name != "lr_per_256=0.1,seed=1":
+            shutil.rmtree(
+                workdirs[name] / "checkpoints" / str(steps[-1]), ignore_errors=True
+            )
+        rows = (workdirs[name] / "metrics.jsonl").read_text().splitlines()[:-2]
+        (workdirs[name] / "metrics.jsonl").write_text("\n".join(rows) + "\n")
+    assert sweep.main(flags) == 0
+    out = capsys.readouterr().out
+    assert "4 at once" in out and f"after step {steps[-2]}," in out
+    assert all(
+        (before[name] == again).all() for name, again in saved(whole, steps[-1]).items()
+    )
 
 
 @pytest.mark.parametrize(
@@ -136,7 +159,19 @@ def test_a_run_that_diverges_is_a_row_of_the_table(swept, capsys, tmp_path):
         (["dept"], ["COMPARISON", "'dept'", "depth"]),
         (["--vary", "sed=1"], ["--vary", "'sed'", "seed"]),
         (["--vary", "seed"], ["--vary seed", "seed=VALUE"]),
-        (["--vary", "seed=0,0"], ["seed=0,0", "twice"]),
+        (["--vary", "seed=0,0"], ["seed=0", "one run"]),
+        (
+            ["--vary", "lr_per_256=0.1,0.10"],
+            ["lr_per_256=0.10", "lr_per_256=0.1", "one run"],
+        ),
+        (["--vary", "init_from=runs/a,runs-a"], ["init_from=runs-a", "one workdir"]),
+        (["--vary", "parallel=pmap,shard_map"], ["parallel", "changes no number"]),
+        (
+            ["--vary", "seed=0", "--config.seed=1"],
+            ["config.seed", "varies", "--vary seed="],
+        ),
+        (["bn", "--config.init=xavier"], ["config.init", "msra_fan_in in bn"]),
+        (["depth", "--config=configs/imagenet_resnet50.py"], ["depth", "224", "64"]),
         (["--vary", "seed=0", "--vary", "seed=1"], ["seed=1", "twice"]),
         (["--vary", "seed=0,-1"], ["config.seed", "-1"]),
         (["--vary", "model=resnet51"], ["model", "'resnet51'", "resnet50"]),

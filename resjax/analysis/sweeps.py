@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -72,14 +73,16 @@ def sweep(
     """Trains every combination of some fields' values at once, in one compiled program.
 
     Each member is the run that `train.py` makes of its config, but for rounding: members of
-    one seed see the same minibatches. They are spread over the devices.
+    one seed see the same minibatches. They are spread over the devices; those of one device
+    are a batch of the program (`vmap`), or on a CPU take turns in it, which is faster.
 
     Args:
       config: of what the members share.
       vary: values by field, of `build_members.ARRAY_FIELDS`, e.g. {"init": ["xavier",
         "mine"], "seed": range(3), "lr_per_256": [0.1, 0.2]}.
       schemes: init schemes of your own by name, (key, abstract_params) -> params.
-      batch_seed: the seed of order and augmentation of all members; None: of each its own.
+      batch_seed: of the order, augmentation and dropped branches of all members; None: of
+        each its own seed.
 
     Raises:
       UsageError: a field that cannot vary within a program, a value that is not allowed,
@@ -143,15 +146,16 @@ def train_members(
     total, done = images * members.num_steps, images * start_step
     with hooks.progress_bar(total, done, f"training {count} at once") as bar:
         for end in sorted(n for n in members.eval_steps if n > start_step):
-            began, sums = time.perf_counter(), list[Any]()
+            began, sums, in_flight = time.perf_counter(), list[Any](), deque[Any]()
             while step < end:
                 if should_stop():
                     return
                 states, each = members.train_step(states, step)
                 sums += each
                 step += len(each)
-                if len(sums) > _IN_FLIGHT:
-                    jax.block_until_ready(sums[-1 - _IN_FLIGHT])
+                in_flight.append(each[-1])
+                if len(in_flight) > _IN_FLIGHT:
+                    jax.block_until_ready(in_flight.popleft())
                 bar.update(images * len(each))
             train = _fetch(sums, count)
             seconds = time.perf_counter() - began
