@@ -36,6 +36,7 @@ def test_runs_that_need_the_host_are_alone():
     assert build_members.group([DIGITS, *seeds]) == [[0], [1], [2]]
 
 
+@pytest.mark.slow
 def test_the_number_of_devices_changes_no_number(monkeypatch):
     shape = configs.ModelKwargs(stage_sizes=(1,), width=4)
     config = dataclasses.replace(DIGITS, model_kwargs=shape, batch_size=16, num_epochs=0.05)

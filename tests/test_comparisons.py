@@ -45,7 +45,13 @@ def made_up(name, error_of):
     ]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name == "gamma" else pytest.param(name, marks=pytest.mark.slow)
+        for name in NAMES
+    ],
+)
 def test_members_build_have_three_seeds_and_differ_in_their_workdirs(name):
     members, folder = sweep.plan(name, {})
     assert folder == epath.Path(f"runs/sweep_{name}")

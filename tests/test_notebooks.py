@@ -11,7 +11,7 @@ from conftest import ROOT
 # One worker runs all that share `digits_run`.
 pytestmark = pytest.mark.xdist_group("runs")
 
-NAMES = ("quickstart", "restore_checkpoint")
+NAMES = ("quickstart", "restore_checkpoint", "init_ablation")
 
 # In a process of its own: its event loop and sockets stay out of the tests.
 EXECUTE = """
@@ -44,16 +44,21 @@ def check_ran(cells):
         assert {out["output_type"] for out in outputs} <= {"stream", "display_data"}, name
         assert {out.get("name", "stdout") for out in outputs} <= {"stdout"}, name
         pictures = sum("image/png" in out.get("data", {}) for out in outputs)
-        assert pictures == "".join(cell["source"]).count("plt.show()"), name
+        source = "".join(cell["source"])
+        assert pictures == source.count("plt.show()") + source.count("display("), name
 
 
 @pytest.fixture
 def execute(command, digits_run, tmp_path, monkeypatch):
-    """execute(name) -> the cells of a copy that has run, beside a run of 22 steps."""
+    """execute(name, changes) -> the cells of a copy that has run, beside a run of 22 steps.
+
+    `changes` are pairs of words of its source, and what stands in their place.
+    """
     assert digits_run.done.returncode == 0, digits_run.done.stderr
     shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
     shutil.copytree(digits_run.workdir, tmp_path / "runs" / "digits")
-    (tmp_path / "resjax").symlink_to(ROOT / "resjax")
+    for name in ("resjax", "configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
     # The kernel of the tests' interpreter, whatever this machine's user has set up.
     kernel = tmp_path / "jupyter" / "kernels" / "python3"
     kernel.mkdir(parents=True)
@@ -66,8 +71,13 @@ def execute(command, digits_run, tmp_path, monkeypatch):
     script = tmp_path / "execute.py"
     script.write_text(EXECUTE)
 
-    def run(name):
+    def run(name, changes=()):
         path = tmp_path / "notebooks" / f"{name}.ipynb"
+        text = path.read_text()
+        for words, others in changes:
+            assert words in text
+            text = text.replace(words, others)
+        path.write_text(text)
         done = command(script, path, cwd=path.parent)
         assert done.returncode == 0, done.stderr
         return cells_of(path)
@@ -95,6 +105,27 @@ def test_a_run_opened_in_the_notebook_predicts_what_its_training_recorded(execut
     recorded = re.search(rf"{number} %, loss {number}", printed(cells["records"]))
     for mine, theirs in zip(found.groups(), recorded.groups(), strict=True):
         assert float(mine) == pytest.approx(float(theirs), abs=2e-3)
+
+
+@pytest.mark.slow
+def test_the_init_ablation_finds_what_theory_says(execute):
+    small = [("range(8)", "range(3)"), ("range(4)", "range(1)"), ("[0, 1, 2]", "[0]")]
+    small += [
+        ("num_epochs=12.0", "num_epochs=0.5"),
+        ("eval_every_epochs=1.0", "eval_every_epochs=0.5"),
+    ]
+    small += [("num_epochs=4.0", "num_epochs=0.5"), ("width=48", "width=32")]
+    cells = execute("init_ablation", small)
+    check_ran(cells)
+    scales = dict(
+        re.findall(r"(\w+) +n Var\[w\] / 2 = +([\d.]+)", printed(cells["schemes"]))
+    )
+    assert abs(float(scales["msra_fan_in"]) - 1) < 0.1
+    assert abs(float(scales["xavier"]) - 0.5) < 0.05
+    reached = r"(\w+) +forward (\S+) after 29 convolutions, theory (\S+)"
+    for name, measured, theory in re.findall(reached, printed(cells["signal"])):
+        assert 0.1 < float(measured) / float(theory) < 10, name
+    assert "4 members, 22 updates each" in printed(cells["sweep"])
 
 
 @pytest.mark.parametrize("name", NAMES)

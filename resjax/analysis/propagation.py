@@ -8,16 +8,16 @@ them. Zeros around the map hold nothing: with padding, theory follows a map of m
 Where papers end, it goes on so: at a sum, mean squares add. What a ReLU takes in is normal;
 its mean is 0 unless a rectified shortcut was added to it. A batch norm puts out its squared
 scale, and divides the gradient by the variance over the batch; examples that it has
-normalised are independent of each other. Biases are 0, as at the start of training. There
-is no theory of the classifier's response, which depends on how positions correlate, nor
-beyond a max-pool: NaN.
+normalised are independent of each other. With padding that is rough on the way back: behind
+many norms the prediction is several times too large, and the one without padding is nearer.
+Biases are 0, as at the start of training. There is no theory of the classifier's response,
+which depends on how positions correlate, nor beyond a max-pool: NaN.
 
 Source: Glorot & Bengio 2010, equations 5 to 6; He et al. 2015 (arXiv:1502.01852), equations
   5 to 14; batch norm: Yang et al. 2019 (arXiv:1902.08129).
 """
 
 import dataclasses
-import io
 import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -365,7 +365,7 @@ def _spread(
     return x[pad : pad + rows, pad : pad + columns]
 
 
-def draw_propagation(runs: Mapping[str, Propagation], suffix: str = "png") -> bytes:
+def draw_propagation(runs: Mapping[str, Propagation]) -> Any:
     """A picture of mean squares by layer: measured as dots, theory as lines.
 
     Forward, what remains of the first response; backward, of the last convolution's
@@ -373,7 +373,9 @@ def draw_propagation(runs: Mapping[str, Propagation], suffix: str = "png") -> by
 
     Args:
       runs: what `signal_propagation` or `mean_propagation` found, by their names.
-      suffix: of the kind of picture, one that matplotlib writes.
+
+    Returns:
+      A `matplotlib.figure.Figure`; its `savefig` writes it.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -399,6 +401,4 @@ def draw_propagation(runs: Mapping[str, Propagation], suffix: str = "png") -> by
     gray = partial(Line2D, [], [], color="gray")
     lines = [gray(ls="-", label="theory"), gray(ls="--", label="theory without padding")]
     panels[0].legend(handles=[*dots, *lines])
-    file = io.BytesIO()
-    figure.savefig(file, dpi=120, format=suffix)
-    return file.getvalue()
+    return figure

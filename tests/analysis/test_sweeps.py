@@ -15,6 +15,7 @@ from resjax.analysis import sweep
 from resjax.config import DataConfig, UsageError
 from resjax.initializers import get_scheme
 
+SCHEMES = ["msra_fan_out", "msra_fan_in", "xavier", "msra_fan_out_zero_gamma"]
 DIGITS = configs.load_config(ROOT / "configs" / "digits.py")
 
 
@@ -62,7 +63,7 @@ def test_members_are_the_runs_of_their_configs_done_one_by_one():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["msra_fan_out", "xavier"])
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_member_of_four_schemes_by_three_seeds_is_its_lone_run(scheme, big_sweep):
     config, result = big_sweep
     for i, own in enumerate(result.members):
@@ -73,10 +74,10 @@ def test_a_member_of_four_schemes_by_three_seeds_is_its_lone_run(scheme, big_swe
 @pytest.fixture(scope="module")
 def big_sweep():
     config = small(model_kwargs=configs.ModelKwargs(stage_sizes=(1, 1, 1)))
-    schemes = ["msra_fan_out", "msra_fan_in", "xavier", "msra_fan_out_zero_gamma"]
-    return config, sweep(config, {"init": schemes, "seed": [0, 1, 2]})
+    return config, sweep(config, {"init": SCHEMES, "seed": [0, 1, 2]})
 
 
+@pytest.mark.slow
 def test_momentum_and_decay_vary_within_a_program_and_batches_can_be_shared():
     config = small(num_steps=3, nesterov=False)
     vary = {"momentum": [0.0, 0.9], "weight_decay": [0.0, 0.1], "seed": [0, 5]}
@@ -110,6 +111,7 @@ def zeros(leaf):
     return jnp.zeros(leaf.shape, leaf.dtype)
 
 
+@pytest.mark.slow
 def test_a_member_that_diverges_leaves_the_others_alone():
     config = small(num_steps=6, norm=configs.NormConfig(kind="none"))
     result = sweep(config, {"lr_per_256": [1e20, 0.05], "warmup": ["none"]})
