@@ -90,6 +90,7 @@ DOORS = (
     "build_members",
     "training",
     "sweep",
+    "comparisons",
     "runs",
     "convert",
     "report",

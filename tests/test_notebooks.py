@@ -114,7 +114,7 @@ def test_the_init_ablation_finds_what_theory_says(execute):
         ("num_epochs=12.0", "num_epochs=0.5"),
         ("eval_every_epochs=1.0", "eval_every_epochs=0.5"),
     ]
-    small += [("num_epochs=4.0", "num_epochs=0.5"), ("width=48", "width=32")]
+    small += [("num_epochs=8.0", "num_epochs=0.5"), ("width=48", "width=32")]
     cells = execute("init_ablation", small)
     check_ran(cells)
     scales = dict(
@@ -137,7 +137,7 @@ def test_a_notebook_is_committed_as_it_ran(name):
 def test_a_committed_notebook_is_small_and_says_nothing_of_its_machine(name):
     path = ROOT / "notebooks" / f"{name}.ipynb"
     text, notebook = path.read_text(), json.loads(path.read_text())
-    assert len(text) < 200_000
+    assert len(text) < 300_000
     assert not re.search(r"/(home|root|tmp|Users|work|mnt|opt|usr)\b", text)
     assert notebook["metadata"] == {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},

@@ -16,6 +16,10 @@ from resjax import sweep, training
 from resjax.config import UsageError
 
 
+# One worker runs all that share `swept`.
+pytestmark = pytest.mark.xdist_group("sweep")
+
+
 def read_metrics(workdir):
     return [
         json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()

@@ -52,6 +52,7 @@ def check_member(result, i, config):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-3 * max(np.abs(b).max(), 0.1))
 
 
+@pytest.mark.slow
 def test_members_are_the_runs_of_their_configs_done_one_by_one():
     # Three of them on eight devices, of which some repeat the last.
     config = small(num_steps=12)
