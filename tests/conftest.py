@@ -12,6 +12,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{_FORCED}=8"  # before the first import of jax
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # whose threads wait for each other on busy cores
 
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from safetensors.numpy import load_file  # noqa: E402
 
@@ -42,6 +43,22 @@ def get_config():
 def saved(workdir, step, item="variables"):
     """The arrays of a checkpoint by their names, as any reader of safetensors sees them."""
     return load_file(workdir / "checkpoints" / str(step) / "state" / f"{item}.safetensors")
+
+
+def random_variables(model):
+    """Variables of a model, no leaf a default; activations neither vanish nor explode."""
+    import jax
+
+    rng = np.random.RandomState(1)
+
+    def draw(leaf):
+        if leaf.ndim == 1:
+            return rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32)
+        std = np.sqrt(2 / np.prod(leaf.shape[:-1]))
+        return (std * rng.randn(*leaf.shape)).astype(np.float32)
+
+    images = np.zeros((2, 8, 8, 3), np.float32)
+    return jax.tree.map(draw, jax.eval_shape(model.init, jax.random.key(0), images))
 
 
 @pytest.fixture(scope="session")

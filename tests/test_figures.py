@@ -6,10 +6,9 @@ from types import SimpleNamespace
 from unittest import mock
 
 import flax
-import jax
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, random_variables
 from scipy import stats
 
 import figures
@@ -47,19 +46,6 @@ def get_config():
         eval_every_epochs=99,
     )
 """
-
-
-def random_variables(model):
-    """No leaf a default, and activations that neither vanish nor explode."""
-    rng = np.random.RandomState(1)
-
-    def draw(leaf):
-        if leaf.ndim == 1:
-            return rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32)
-        std = np.sqrt(2 / np.prod(leaf.shape[:-1]))
-        return (std * rng.randn(*leaf.shape)).astype(np.float32)
-
-    return jax.tree.map(draw, jax.eval_shape(model.init, jax.random.key(0), IMAGES))
 
 
 def captured_stds(model, variables, images):

@@ -15,7 +15,6 @@ import resjax
 from resjax import sweep, training
 from resjax.config import UsageError
 
-
 # One worker runs all that share `swept`.
 pytestmark = pytest.mark.xdist_group("sweep")
 

@@ -147,7 +147,7 @@ def make_top1_error(
       model: of the network.
       images: [N, H, W, 3] float, normalised as in training.
       labels: [N] int.
-      batch_size: images a forward pass.
+      batch_size: images a forward pass, at most.
 
     Returns:
       variables -> top-1 error over the N images in evaluation mode, in percent.
@@ -158,7 +158,7 @@ def make_top1_error(
         logits: Any = model.apply(variables, images, train=False)
         return classification_sums(logits, labels, mask)
 
-    size = min(batch_size, len(labels))
+    size = -(-len(labels) // -(-len(labels) // batch_size))  # equal parts
     positions = np.arange(-(-len(labels) // size) * size).reshape(-1, size)
     batches = [
         (images[rows % len(labels)], labels[rows % len(labels)], rows < len(labels))

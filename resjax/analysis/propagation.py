@@ -325,7 +325,7 @@ class _Walk:
         """Moments of the positive part of a normal distribution."""
         if not self.rectified:
             return x
-        std = np.sqrt(x.square - x.mean**2)
+        std = np.sqrt(np.maximum(x.square - x.mean**2, 0))
         steps = np.divide(x.mean, std, out=np.full_like(std, np.inf), where=std != 0)
         positive = (1 + _erf(steps / math.sqrt(2))) / 2
         density = np.exp(-(steps**2) / 2) / math.sqrt(2 * math.pi)

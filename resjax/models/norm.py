@@ -15,7 +15,9 @@ from jax import lax
 class Bias(nn.Module):
     """Stands where a norm would in a net without: adds a bias a channel; no statistics.
 
-    As a layer of such a net, He et al. 2015 (arXiv:1502.01852), equation 5.
+    By its name it is a norm's bias to weight decay, which leaves it alone.
+
+    Source: He et al. 2015 (arXiv:1502.01852), equation 5, a layer of such a net.
     """
 
     @nn.compact

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import random_variables
 from scipy import stats
 
 from resjax.analysis import lesions
@@ -21,19 +22,6 @@ IMAGES = np.random.RandomState(0).randn(2, 4, 4, 3).astype(np.float32)
 
 def shapes(model):
     return jax.eval_shape(model.init, jax.random.key(0), IMAGES)
-
-
-def random_variables(model):
-    """No leaf a default, and activations that neither vanish nor explode."""
-    rng = np.random.RandomState(1)
-
-    def draw(leaf):
-        if leaf.ndim == 1:
-            return rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32)
-        std = np.sqrt(2 / np.prod(leaf.shape[:-1]))
-        return (std * rng.randn(*leaf.shape)).astype(np.float32)
-
-    return jax.tree.map(draw, shapes(model))
 
 
 def logits(model, variables):

@@ -6,6 +6,7 @@ from itertools import product
 import jax
 import numpy as np
 import pytest
+from conftest import random_variables
 from scipy import stats
 
 from resjax.analysis import paths
@@ -16,19 +17,6 @@ from resjax.models.resnet import create_model
 IMAGES = np.random.RandomState(0).randn(3, 4, 4, 3).astype(np.float32)
 LABELS = np.array([1, 4, 9])
 QUICK = {"xla_backend_optimization_level": 0}  # compiled in a third of the time
-
-
-def random_variables(model):
-    """No leaf a default, and activations that neither vanish nor explode."""
-    rng = np.random.RandomState(1)
-
-    def draw(leaf):
-        if leaf.ndim == 1:
-            return rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32)
-        std = np.sqrt(2 / np.prod(leaf.shape[:-1]))
-        return (std * rng.randn(*leaf.shape)).astype(np.float32)
-
-    return jax.tree.map(draw, jax.eval_shape(model.init, jax.random.key(0), IMAGES))
 
 
 def all_paths(blocks):
