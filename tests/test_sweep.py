@@ -210,8 +210,8 @@ def test_a_sweep_that_is_stopped_goes_on_bitwise(swept, spawn, command, tmp_path
     flags = [
         flags[0],
         *flags[2:4],
-        "--config.num_epochs=3",
-        "--config.eval_every_epochs=0.3",
+        "--config.num_epochs=1",
+        "--config.eval_every_epochs=0.2",
     ]
     folders = [tmp_path / "whole", tmp_path / "stopped"]
     done = command("-m", "resjax.sweep", *flags, f"--workdir={folders[0]}", cwd=ROOT)
