@@ -1,5 +1,7 @@
 """What the README and the docs say is there, runs, and is so."""
 
+import dataclasses
+import itertools
 import re
 import sys
 
@@ -9,6 +11,9 @@ import pytest
 from conftest import ROOT
 
 import resjax
+from resjax import config as configs
+from resjax import sweep
+from resjax.comparisons import COMPARISONS
 
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
@@ -55,7 +60,7 @@ def test_the_weights_recipe_runs(tmp_path, monkeypatch):
     hub = SimpleNamespace(hf_hub_download=lambda repository, file: path)
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     scope = {}
-    exec(blocks("python")[2], scope)
+    exec(blocks("python")[3], scope)
     assert scope["logits"].shape == (1, 1000)
     shapes = jax.eval_shape(scope["model"].apply, scope["variables"], scope["images"])
     assert shapes.shape == (1, 10)
@@ -70,6 +75,36 @@ def test_the_ablation_recipe_runs():
     default, mine = scope["default"]["params"], scope["mine"]["params"]
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a / 2, b), default, mine)
     assert not scope["zero_gamma"]["params"]["stage1"]["block1"]["norm_out"]["scale"].any()
+
+
+@pytest.mark.slow
+def test_the_sweep_recipe_runs(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    load, shape = configs.load_config, configs.ModelKwargs(stage_sizes=(1,), width=4)
+
+    def load_small(path):
+        return dataclasses.replace(load(path), num_epochs=0.2, model_kwargs=shape)
+
+    monkeypatch.setattr(configs, "load_config", load_small)
+    scope = {}
+    exec(blocks("python")[0] + blocks("python")[1], scope)
+    result = scope["result"]
+    assert result.members[-1] == {"init": "halved", "seed": 1, "lr_per_256": 0.2}
+    assert result.train_loss.shape == (8, 2) and result.test_error.shape == (8, 1)
+
+
+def test_the_sweep_commands_plan_runs(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    commands = re.findall(r"^python -m resjax\.sweep (.*)$", README, re.MULTILINE)
+    assert len(commands) == 3
+    for words in map(str.split, commands):
+        name = None if words[0].startswith("--") else words[0]
+        vary = [word for flag, word in itertools.pairwise(words) if flag == "--vary"]
+        own = [word for word in words if word.startswith("--config.")]
+        members, _ = sweep.plan(name, sweep.parse_vary(vary), None, own)
+        assert len(members) >= 4
+    listed = re.search(r"comparisons of\s+the papers, ([`\w, \n]*?), which end", README)[1]
+    assert set(re.findall(r"`(\w+)`", listed)) == set(COMPARISONS)
 
 
 def test_the_training_commands_parse():
