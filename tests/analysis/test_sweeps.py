@@ -94,6 +94,7 @@ def test_momentum_and_decay_vary_within_a_program_and_batches_can_be_shared():
     np.testing.assert_allclose(same.train_loss[0], alone, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_scheme_of_ones_own_is_a_function():
     def halved(key, abstract_params):
         params = get_scheme("msra_fan_out")(key, abstract_params)
