@@ -305,7 +305,7 @@ COMPARISONS: dict[str, Comparison] = {
             ),
             "seed": "0,1,2,3",
         },
-        digits={"num_epochs": "8", "eval_every_epochs": "1"},
+        digits={"num_epochs": "15", "eval_every_epochs": "1"},
         verdict=_depth,
     ),
     "minibatch": Comparison(
@@ -314,7 +314,7 @@ COMPARISONS: dict[str, Comparison] = {
         "from minibatch 128 to 8,192, then 24.79, 27.55 and 33.96 % up to 65,536.",
         vary={"batch_size": "64,128,256,512,1024", "seed": "0,1,2,3"},
         fixed={"warmup": "gradual"},
-        digits={"num_epochs": "15", "eval_every_epochs": "3"},
+        digits={"num_epochs": "30", "eval_every_epochs": "3"},
         axis="batch_size",
         verdict=_minibatch,
     ),
