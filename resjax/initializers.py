@@ -133,8 +133,6 @@ NORM_SCALE = r"(.*/)?\w*norm\w*/scale"
 # convolution (a zero norm before a ReLU would never move).
 BRANCH_END = r".*/(norm_out/scale|conv_out/kernel)"
 
-ZERO_BRANCH: Rule = (BRANCH_END, jax_init.zeros)
-
 
 def make_scheme(
     conv: Initializer = MSRA_FAN_OUT,

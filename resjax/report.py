@@ -200,15 +200,10 @@ def _text(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def _cells(row: Row) -> dict[str, str]:
-    """What the table and the CSV file say of a row besides its name and its error."""
-    evaluations = sorted({result.num_evaluations for result in row.results})
-    return {
-        "evaluations": " or ".join(map(str, evaluations)),
-        "train_error": format_spread(row.spread("train_error")),
-        "train_loss": f"{row.spread('train_loss')[0]:.4f}",
-        "published_error": row.published_error,
-    }
+def _evaluations(row: Row) -> str:
+    """How many evaluations the median of each run is of."""
+    counts = sorted({result.num_evaluations for result in row.results})
+    return " or ".join(map(str, counts))
 
 
 def format_spread(spread: tuple[float, float], digits: int = 2) -> str:
@@ -226,7 +221,10 @@ def format_table(rows: list[Row]) -> str:
                 "configuration": row.name,
                 "seeds": str(len(row.results)),
                 "error": format_spread(row.spread("error")),
-                **_cells(row),
+                "evaluations": _evaluations(row),
+                "train_error": format_spread(row.spread("train_error")),
+                "train_loss": f"{row.spread('train_loss')[0]:.4f}",
+                "published_error": row.published_error,
             }
         )
     columns = [name for name in lines[0] if any(line[name] for line in lines)]
@@ -246,18 +244,27 @@ def format_table(rows: list[Row]) -> str:
 
 
 def format_csv(rows: list[Row]) -> str:
-    """The rows as CSV, a column for each field in which they differ."""
-    lines = [
-        {
-            **{name: _text(value) for name, value in row.fields.items()},
-            "seeds": " ".join(str(result.config.seed) for result in row.results),
-            "error": row.spread("error")[0],
-            "error_std": row.spread("error")[1] if len(row.results) > 1 else "",
-            **_cells(row),
-            "workdirs": " ".join(str(result.workdir) for result in row.results),
-        }
-        for row in rows
-    ]
+    """The rows as CSV, a column for each field in which they differ.
+
+    Errors are in percent, losses in nats; `_std` is the sample standard deviation over
+    seeds, empty for a single one.
+    """
+    lines = []
+    for row in rows:
+        numbers = {}
+        for name in ("error", "train_error", "train_loss", "test_loss"):
+            mean, std = row.spread(name)
+            numbers |= {name: mean, f"{name}_std": "" if math.isnan(std) else std}
+        lines.append(
+            {
+                **{name: _text(value) for name, value in row.fields.items()},
+                "seeds": " ".join(str(result.config.seed) for result in row.results),
+                **numbers,
+                "evaluations": _evaluations(row),
+                "published_error": row.published_error,
+                "workdirs": " ".join(str(result.workdir) for result in row.results),
+            }
+        )
     file = io.StringIO()
     writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
     writer.writeheader()

@@ -40,6 +40,21 @@ def get_config():
 """
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--one-row", action="store_true", help="of a parametrised test only the first row"
+    )
+
+
+@pytest.hookimpl(trylast=True)  # after those that -m leaves out
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--one-row"):
+        firsts = {item.nodeid.partition("[")[0]: item for item in reversed(items)}
+        others = [item for item in items if item not in firsts.values()]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in others]
+
+
 def saved(workdir, step, item="variables"):
     """The arrays of a checkpoint by their names, as any reader of safetensors sees them."""
     return load_file(workdir / "checkpoints" / str(step) / "state" / f"{item}.safetensors")

@@ -77,6 +77,7 @@ def test_a_step_sends_one_gradient_the_statistics_and_the_sums(runner):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_step_of_resnet50_sends_one_gradient_and_the_statistics():
     norm = partial(BatchNorm, virtual_batch_size=PER_DEVICE, axis_name=parallel.AXIS)
     sent = collective_bytes(compiled_step(create_model("resnet50", norm=norm), size=32))

@@ -262,6 +262,7 @@ def test_responses_of_trained_nets(drawn, held_out):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_lesions_of_trained_nets(drawn, held_out):
     images, labels = held_out
     found = drawn("lesion", "mini_resnet,mini_plain", "--draws=2")
@@ -286,6 +287,7 @@ def test_lesions_of_trained_nets(drawn, held_out):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_paths_of_trained_nets(drawn):
     found = drawn("paths", "mini_preact", "--samples=4", "--config.model_kwargs.remat=true")
     assert len(found.table) == 2 * 4  # lengths 0 to 3

@@ -61,6 +61,7 @@ RECIPE = ROOT / "configs" / "imagenet_resnet50_8k.py"
 
 
 @pytest.mark.slow  # seven minutes: 16,384 images through ResNet-50
+@pytest.mark.long
 def test_the_8k_recipe_takes_two_steps_in_full_size_on_one_device(command, tmp_path):
     data_dir, workdir = tmp_path / "tfds", tmp_path / "run"
     write_imagenet(data_dir, num_train=64, num_validation=10, num_classes=1000)
@@ -83,6 +84,7 @@ def test_the_8k_recipe_takes_two_steps_in_full_size_on_one_device(command, tmp_p
 
 
 @pytest.mark.slow  # compiles a ResNet-18 three times
+@pytest.mark.long
 def test_memory_of_an_accumulated_step_does_not_grow_with_the_minibatch():
     def memory(batch_size, microbatch=32):
         """Bytes beside the state and the minibatch itself, 3 a pixel."""

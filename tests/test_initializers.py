@@ -14,9 +14,9 @@ from flax import traverse_util
 import resjax
 from resjax.config import UsageError
 from resjax.initializers import (
+    BRANCH_END,
     MSRA_FAN_OUT,
     SCHEMES,
-    ZERO_BRANCH,
     delta_orthogonal,
     get_scheme,
     make_scheme,
@@ -381,7 +381,7 @@ def test_rules_for_single_layers_go_before_those_for_roles():
     scheme = scheme_from_rules(
         [
             ("stem/.*", jax.nn.initializers.constant(7)),
-            ZERO_BRANCH,
+            (BRANCH_END, jax.nn.initializers.zeros),
             (".*", jax.nn.initializers.ones),
         ]
     )

@@ -125,6 +125,7 @@ def test_while_it_compiles(spawn, command, monkeypatch, tmp_path):
     assert not any((tmp_path / "run").glob("checkpoints/*"))
 
 
+@pytest.mark.long
 def test_while_it_evaluates(spawn, command, flags, faulty, long_run, tmp_path):
     often = f"--config.eval_every_epochs={50 * 16 / 1437}"  # after steps 50, 100, ...
     words = *faulty(SLOW_EVALUATION), often, STREAMED
@@ -153,6 +154,7 @@ def test_while_it_evaluates_for_the_last_time(
     assert "finished in" in go_on(command, flags, long_run, tmp_path)
 
 
+@pytest.mark.long
 def test_while_it_saves(spawn, command, flags, faulty, long_run, tmp_path):
     words = *faulty(SLOW_SAVE), "--config.checkpoint.every_steps=20"
     lines, seconds = terminate_at(spawn("train.py", *words), "saving", after=0.5)

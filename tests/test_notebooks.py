@@ -108,6 +108,7 @@ def test_a_run_opened_in_the_notebook_predicts_what_its_training_recorded(execut
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_init_ablation_finds_what_theory_says(execute):
     small = [("range(8)", "range(3)"), ("range(4)", "range(1)"), ("[0, 1, 2]", "[0]")]
     small += [

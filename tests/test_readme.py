@@ -49,6 +49,7 @@ def test_every_model_named_is_there():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_weights_recipe_runs(tmp_path, monkeypatch):
     from types import SimpleNamespace
 
@@ -78,6 +79,7 @@ def test_the_ablation_recipe_runs():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_sweep_recipe_runs(monkeypatch):
     monkeypatch.chdir(ROOT)
     load, shape = configs.load_config, configs.ModelKwargs(stage_sizes=(1,), width=4)

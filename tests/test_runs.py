@@ -72,6 +72,7 @@ def test_a_run_from_four_devices_predicts_on_one_what_eval_reports(
 
 
 @pytest.mark.slow  # trains
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_run_of_eight_devices_opens_on_one_and_predicts_what_eval_reports(
     command, digits, tmp_path, dtype

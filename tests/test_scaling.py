@@ -146,6 +146,7 @@ def test_a_picture_that_cannot_be_written_is_an_error(path, tmp_path):
 
 
 @pytest.mark.slow  # it compiles a step
+@pytest.mark.long
 def test_measure_takes_the_median_of_warm_steps(capsys, monkeypatch):
     tiny = partial(resnet.ResNet, (), basic, 4, downsample=False)
     monkeypatch.setitem(resnet.MODELS, "tiny", tiny)

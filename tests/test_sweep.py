@@ -102,6 +102,7 @@ def test_a_member_opens_like_any_run(swept):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_one_more_value_trains_what_is_missing_alone(swept, capsys, tmp_path):
     _, flags = swept
     folder = tmp_path / "more"

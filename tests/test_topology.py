@@ -174,12 +174,14 @@ def test_a_broken_rule_would_be_seen(flag, train, one_device):
     assert np.abs(broken / losses(one_device) - 1).max() > 1e-3
 
 
+@pytest.mark.long
 def test_groups_reach_over_hosts(train):
     whole = "--config.norm.virtual_batch_size=0"
     one, two = (losses(train(devices, whole)) for devices in (1, HOSTS))
     np.testing.assert_allclose(two, one, rtol=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("devices, flags", [(1, [MICROBATCH]), (2, [SHARD_MAP]), (4, [])])
 def test_eight_devices_go_on_as_fewer(
     devices, flags, train, eight_devices, assert_same, tmp_path
@@ -236,6 +238,7 @@ def test_hosts_with_a_workdir_each_are_told_so(small, two_hosts, both_hosts, tmp
         assert f"--workdir: {folder}" in err and "one folder" in err
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("runner, killed", [("pmap", 1), ("shard_map", 0)])
 def test_a_lost_host_ends_the_run_which_goes_on_when_started_again(
     runner, killed, small, two_hosts, tmp_path

@@ -181,6 +181,7 @@ def tiny(tiny_config, data_dir):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_several_steps_a_dispatch_of_data_on_the_device_train_alike(tiny, tmp_path):
     evaluate = f"eval_every_epochs={13 * 64 / 1437}"
     on_device = "data.on_device=true", "data.steps_per_dispatch=4"
@@ -290,6 +291,7 @@ def test_training_loads_neither_tensorflow_nor_torch(on_one):
 
 
 @pytest.mark.slow  # a minute
+@pytest.mark.long
 def test_digits_train_alike_under_pmap_and_shard_map(command, tmp_path):
     flags = "--config.num_epochs=4.46", "--config.log_every_steps=1"
     pmap, shard_map = (

@@ -153,6 +153,7 @@ NETS = {
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("scheme, factor", [("xavier", 0.5), ("msra_fan_in", 1.0)])
 @pytest.mark.parametrize("kind", NETS)
 def test_thirty_layers_of_relus_without_norms(kind, scheme, factor):
@@ -187,6 +188,7 @@ MODELS = {
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("case", MODELS)
 def test_theory_of_all_kinds_of_nets(case):
     name, options = MODELS[case]

@@ -64,6 +64,7 @@ def test_members_are_the_runs_of_their_configs_done_one_by_one():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_member_of_four_schemes_by_three_seeds_is_its_lone_run(scheme, big_sweep):
     config, result = big_sweep
@@ -79,6 +80,7 @@ def big_sweep():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_momentum_and_decay_vary_within_a_program_and_batches_can_be_shared():
     config = small(num_steps=3, nesterov=False)
     vary = {"momentum": [0.0, 0.9], "weight_decay": [0.0, 0.1], "seed": [0, 5]}
@@ -95,6 +97,7 @@ def test_momentum_and_decay_vary_within_a_program_and_batches_can_be_shared():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_scheme_of_ones_own_is_a_function():
     def halved(key, abstract_params):
         params = get_scheme("msra_fan_out")(key, abstract_params)

@@ -434,6 +434,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["cifar_resnet1202", "cifar_preact_resnet1001"])
 def test_a_step_of_a_very_deep_net_takes_less_than_8_gigabytes(name):
     words = [sys.executable, "-c", _ONE_STEP, name]
