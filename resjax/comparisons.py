@@ -313,7 +313,7 @@ COMPARISONS: dict[str, Comparison] = {
         claim="Goyal et al. 2017, figure 1 (ResNet-50, ImageNet): 23.48 to 23.74 % error "
         "from minibatch 128 to 8,192, then 24.79, 27.55 and 33.96 % up to 65,536.",
         vary={"batch_size": "64,128,256,512,1024", "seed": "0,1,2,3"},
-        fixed={"warmup": "gradual"},
+        fixed={"warmup": "gradual", "init": "msra_fan_out_zero_gamma"},
         digits={"num_epochs": "30", "eval_every_epochs": "3"},
         axis="batch_size",
         verdict=_minibatch,
@@ -322,12 +322,14 @@ COMPARISONS: dict[str, Comparison] = {
         title="Warmup at a large minibatch (Goyal et al. 2017, table 1)",
         claim="Goyal et al. 2017, table 1 (ResNet-50, ImageNet, minibatch 8,192): no "
         "warmup 24.84 % error, constant 25.88, gradual 23.74.",
-        vary={"warmup": "none,constant,gradual", "seed": "0,1,2,3"},
+        vary={"warmup": "none,constant,gradual", "seed": "0,1,2,3,4,5"},
+        fixed={"init": "msra_fan_out_zero_gamma"},
         digits={
             "batch_size": "512",
-            "num_epochs": "20",
+            "num_epochs": "40",
             "eval_every_epochs": "2",
-            "lr_per_256": "0.4",
+            "lr_per_256": "0.8",
+            "warmup_epochs": "8",  # of not even three updates each
         },
         verdict=_warmup,
     ),
