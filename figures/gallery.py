@@ -28,7 +28,7 @@ HEAD = """# The papers' figures, on the digits
 
 Each is real training on scikit-learn's 1,437 digits (8 x 8 pixels; 360 more to test on),
 in minutes on two CPU cores. The first line under a title is what the paper says, the
-second what was measured: mean +- standard deviation over seeds, whichever way it fell.
+second what was measured: mean ± standard deviation over seeds, whichever way it fell.
 Means that differ by less than two standard errors are within the noise; one test image is
 0.28 %. Each command takes `--config=configs/cifar10_resnet20.py` for whoever has CIFAR-10.
 This page is written by `python -m figures.gallery`.
@@ -37,7 +37,7 @@ This page is written by `python -m figures.gallery`.
 
 def section(title: str, name: str, command: str, text: str) -> str:
     """One figure of the page."""
-    claim, verdict = text.strip().split("\n")
+    claim, verdict = text.strip().replace("+-", "±").split("\n")
     return (
         f"\n## {title}\n\n{claim}\n\n**{verdict}**\n\n`{command}`\n\n"
         f"![{title}](figures/{name}.png)\n"

@@ -177,7 +177,7 @@ def _bn(table: Table) -> str:
     )
 
 
-_DEPTHS = (20, 32, 56)
+_DEPTHS = (20, 56)
 
 
 def _depth(table: Table) -> str:
@@ -386,6 +386,11 @@ def describe() -> str:
 
 # --- pictures -------------------------------------------------------------------------
 
+_LABELS = {
+    "batch_size": "minibatch (images)",
+    "lr_per_256": "learning rate (for a minibatch of 256)",
+}
+
 
 def draw(rows: list[Row], comparison: Comparison | None = None) -> bytes:
     """A picture of training and test error, the mean over seeds +- one std, as PNG.
@@ -465,6 +470,6 @@ def _draw_by_axis(panel: Any, rows: list[Row], split: str, axis: str) -> None:
         style = {"capsize": 3, "marker": ".", "label": label, **styles[label]}
         panel.errorbar(values, means, stds, **style)
         panel.set_xticks(values, [f"{value:g}" for value in values])
-    panel.set(xlabel=axis, xscale="log")
+    panel.set(xlabel=_LABELS.get(axis, axis), xscale="log")
     panel.set_xticks(values, [f"{value:g}" for value in values])
     panel.minorticks_off()
