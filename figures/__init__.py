@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import csv
 import io
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import resjax
-from resjax import build_data, checkpoint, records, report, sweep
+from resjax import build_data, checkpoint, comparisons, records, report, sweep
 from resjax.config import ArgumentParser, Config, UsageError
 from resjax.models.resnet import create_model
 
@@ -85,7 +86,8 @@ def trained_nets(
       preactivation: whether all must be pre-activation nets, or none may; None: either.
 
     Raises:
-      UsageError: a flag or field that does not fit, or a net that diverged.
+      UsageError: a flag or field that does not fit, or a net that diverged or did not
+        finish.
     """
     vary = {"model": list(models), "seed": _SEEDS} | sweep.parse_vary(flags.vary)
     for name in vary.keys() - {"model", "seed"}:
@@ -103,6 +105,8 @@ def trained_nets(
     sweep.train(members)
     nets: Nets = {}
     for member in members:
+        if not math.isfinite(report.read_run(member.workdir).test_loss):
+            raise UsageError(f"{member.workdir}: the net diverged; take a lower lr_per_256")
         nets.setdefault(member.config.model, []).append(resjax.restore(member.workdir))
     return nets, output
 
@@ -142,11 +146,10 @@ def text(values: Any, digits: int = 2) -> str:
     return report.format_spread((float(mean), float(std)), digits)
 
 
-def holds(found: bool | None) -> str:
-    """The beginning of a verdict; None: there is nothing to compare."""
-    if found is None:
-        return "Not comparable with the paper: "
-    return "As in the paper: " if found else "Not as in the paper: "
+def outcome(signs: Iterable[int]) -> str:
+    """How a verdict begins, as those of the comparisons do; without signs, so."""
+    signs = list(signs)
+    return comparisons.outcome(signs) if signs else "Not comparable with the paper: "
 
 
 def draw_band(panel: Any, x: Any, values: Any, **style: Any) -> None:

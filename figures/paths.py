@@ -83,10 +83,11 @@ def verdict(measured: list[PathGradients]) -> str:
     shares = [part(one.share, EFFECTIVE) for one in measured]
     firsts, lasts = zip(*(central_range(one.share) for one in measured), strict=True)
     means = [one.share @ one.lengths for one in measured]
-    found = bool(np.mean(shares) > 90 > part(probability, EFFECTIVE))
+    # "Almost all" of the gradient, in each seed, by few of the paths.
+    signs = [1 if share > 90 > part(probability, EFFECTIVE) else -1 for share in shares]
     effective = f"{EFFECTIVE[0]} to {EFFECTIVE[1]}"
     return (
-        f"{figures.holds(found)}of {blocks} blocks, "
+        f"{figures.outcome(signs)}of {blocks} blocks, "
         f"{part(probability, COMMON):.1f} % of the paths go through {COMMON[0]} to "
         f"{COMMON[1]} and {part(probability, EFFECTIVE):.4f} % through {effective}; paths "
         f"of {effective} bring {figures.text(shares)} % of the gradient, its central 95 % "

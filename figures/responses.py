@@ -14,6 +14,7 @@ Source: He et al. 2015 (arXiv:1512.03385), section 4.2 and figure 7, which does 
 which images.
 """
 
+import itertools
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from flax import linen as nn
 from matplotlib.figure import Figure
 
 import figures
+from resjax import report
 from resjax.config import UsageError, run_command
 from resjax.models.resnet import ResNet
 
@@ -77,12 +79,12 @@ def response_stds(
     return {path: float(stds[path]) for path in order}
 
 
-def draw(measured: dict[str, np.ndarray], depths: dict[str, str], title: str) -> Figure:
+def draw(measured: dict[str, np.ndarray], dashes: dict[str, str], title: str) -> Figure:
     """Standard deviations in the order of the layers, and by magnitude.
 
     Args:
       measured: [seeds, layers] by model.
-      depths: the line style of each.
+      dashes: the line style of each.
       title: of the picture.
     """
     figure = Figure(figsize=(9.5, 7), layout="constrained")
@@ -90,7 +92,7 @@ def draw(measured: dict[str, np.ndarray], depths: dict[str, str], title: str) ->
     panels = figure.subplots(2, 1, sharey=True)
     for model, stds in measured.items():
         layers = np.arange(1, stds.shape[1] + 1)
-        style = {"label": model, "linestyle": depths[model], "marker": ".", "markersize": 4}
+        style = {"label": model, "linestyle": dashes[model], "marker": ".", "markersize": 4}
         figures.draw_band(panels[0], layers, stds, **style)
         by_size = -np.sort(-stds, axis=1)
         figures.draw_band(panels[1], layers, by_size, **style)
@@ -112,22 +114,18 @@ def verdict(measured: dict[str, np.ndarray], plain: set[str]) -> str:
       plain: those of the models that have no shortcuts.
     """
     means = {model: stds.mean(axis=1) for model, stds in measured.items()}
-    of_plain = [means[model].mean() for model in measured if model in plain]
-    by_depth = sorted(measured.keys() - plain, key=lambda model: measured[model].shape[1])
-    residual = [means[model].mean() for model in by_depth]
-    found = {}
-    if of_plain and residual:
-        smaller = max(residual) < min(of_plain)
-        found[f"are {'' if smaller else 'not '}below all plain ones"] = smaller
-    if len(residual) > 1:
-        shrinks = residual == sorted(residual, reverse=True)
-        found[f"{'fall' if shrinks else 'do not fall'} with depth"] = shrinks
+    residual = sorted(measured.keys() - plain, key=lambda name: measured[name].shape[1])
+    signs = [
+        report.order(means[other], means[model])
+        for model in residual
+        for other in measured.keys() & plain
+    ]
+    # Of residual nets, each deeper one against the one before it.
+    signs += [report.order(means[a], means[b]) for a, b in itertools.pairwise(residual)]
     said = ", ".join(f"{model} {figures.text(each, 3)}" for model, each in means.items())
-    told = f"; residual nets {' and '.join(found)}" if found else ""
-    holds = all(found.values()) if found else None
     return (
-        f"{figures.holds(holds)}the mean over layers of the standard deviation of the "
-        f"response is {said}{told}."
+        f"{figures.outcome(signs)}the mean over layers of the standard deviation of the "
+        f"response is {said}."
     )
 
 

@@ -53,6 +53,7 @@ class Members:
       evaluate: states -> the sums of each batch of the test split.
       num_steps: updates of each run.
       eval_steps: updates after which they are evaluated.
+      segment_ends: updates after which they are evaluated or saved.
       num_examples: of the training split.
       learning_rates: of every update, [M, num_steps] float32.
       records: what a checkpoint says of each.
@@ -65,6 +66,7 @@ class Members:
     evaluate: Callable[[TrainState], list[steps.Sums]]
     num_steps: int
     eval_steps: frozenset[int]
+    segment_ends: frozenset[int]
     num_examples: int
     learning_rates: np.ndarray
     records: list[dict[str, Any]]
@@ -123,8 +125,10 @@ def build_members(
     num_steps = each[0][1]["num_steps"]
     rates = np.stack([jax.vmap(schedule)(jnp.arange(num_steps)) for schedule, _ in each])
     eval_steps = build.build_eval_steps(config, len(source), num_steps)
+    save_due = build.build_save_due(config, eval_steps, num_steps)
+    ends = eval_steps | {step for step in range(1, num_steps + 1) if save_due(step)}
     # Products in place of convolutions, which are slow in the loop over members.
-    conv = partial(Conv, as_products=jax.default_backend() == "cpu")
+    conv = partial(Conv, as_products=parallel.members_take_turns())
     model = build.make_model(build.describe_model(config), conv=conv)
     mesh = parallel.member_mesh(len(members))
     shard = partial(parallel.shard_members, mesh=mesh)
@@ -140,12 +144,11 @@ def build_members(
         configs=list(members),
         init_states=lambda: shard([init_state(member) for member in members]),
         shard=shard,
-        train_step=_build_train_step(
-            members, model, mesh, source, rates, seeds, eval_steps
-        ),
+        train_step=_build_train_step(members, model, mesh, source, rates, seeds, ends),
         evaluate=_build_evaluate(config, model, mesh),
         num_steps=num_steps,
         eval_steps=eval_steps,
+        segment_ends=ends,
         num_examples=len(source),
         learning_rates=rates,
         records=[
@@ -162,7 +165,7 @@ def _build_train_step(
     source: Any,
     rates: np.ndarray,
     seeds: list[int],
-    eval_steps: frozenset[int],
+    ends: frozenset[int],
 ) -> Callable[[TrainState, int], Any]:
     """`Members.train_step`; the devices hold the data and the order of all epochs."""
     from resjax.data import order, pipeline, resident
@@ -213,7 +216,7 @@ def _build_train_step(
 
     def train_step(states: TrainState, step: int) -> Any:
         last = step + length
-        cut = last > num_steps or any(n in eval_steps for n in range(step + 1, last))
+        cut = last > num_steps or any(n in ends for n in range(step + 1, last))
         return programs[1 if cut else length](states, own, data)
 
     return train_step

@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from resjax import report
 from resjax.config import Config, UsageError, flatten, unknown_name
 from resjax.report import Row, format_spread
+from resjax.schedules import scale_learning_rate
 
 
 class Table:
@@ -46,22 +48,18 @@ class Table:
         spread = format_spread(self.row(**fields).spread(number), 3 if is_loss else 2)
         return spread + (" nats" if is_loss else " %")
 
-    def order(
+    def below(
         self, one: dict[str, Any], other: dict[str, Any], number: str = "error"
     ) -> int:
-        """-1 if a number is less in one row than in another, 1 if it is more.
+        """1 if a number is less in one row than in another, -1 if it is more.
 
-        0 if the means differ by less than two standard errors of their difference.
+        0 if that is within the noise, as `report.order` has it.
         """
-        rows = self.row(**one), self.row(**other)
-        (a, a_std), (b, b_std) = (row.spread(number) for row in rows)
-        error = math.hypot(
-            *(
-                std / math.sqrt(len(row.results))
-                for std, row in zip((a_std, b_std), rows, strict=True)
-            )
+        values = (
+            [getattr(result, number) for result in self.row(**fields).results]
+            for fields in (one, other)
         )
-        return 0 if abs(a - b) <= 2 * error else (1 if a > b else -1)
+        return -report.order(*values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,11 +84,23 @@ class Comparison:
     digits: dict[str, str] = dataclasses.field(default_factory=dict)
     axis: str | None = None
 
-    def is_complete(self, rows: list[Row]) -> bool:
-        """Whether rows are those that the verdict is of: its fields, each of its values."""
-        names = set(self.vary) - {"seed"}
-        count = math.prod(len(split_values(self.vary[name])) for name in names)
-        return len(rows) == count and all(names == set(row.fields) for row in rows)
+    def why_no_verdict(self, rows: list[Row]) -> str | None:
+        """Why rows are not those that the verdict is of; None: they are.
+
+        They are all combinations of the values of `vary`, of three seeds or more.
+        """
+        vary = {name: split_values(text) for name, text in self.vary.items()}
+        del vary["seed"]
+        for name, values in vary.items():
+            if {report.format_value(row.fields.get(name)) for row in rows} != set(values):
+                return f"it is of {name}={self.vary[name]}"
+        if any(row.fields.keys() != vary.keys() for row in rows):
+            return f"it is of runs that differ in {', '.join(vary)} and seed alone"
+        if len(rows) != math.prod(map(len, vary.values())):
+            return "it is of all combinations"
+        if any(len(row.results) < 3 for row in rows):
+            return "it is of three seeds or more"
+        return None
 
 
 def split_values(text: str) -> list[str]:
@@ -98,16 +108,18 @@ def split_values(text: str) -> list[str]:
     return [value.strip("()") for value in re.split(r",(?![^(]*\))", text)]
 
 
-def _outcome(signs: Iterable[int]) -> str:
-    """How a verdict begins, from the signs of `Table.order` that should be -1."""
-    signs = list(signs)
-    if 1 in signs:
-        return "Not as in the paper: "
-    return "As in the paper: " if -1 in signs else "Within the noise: "
+def outcome(signs: Iterable[int]) -> str:
+    """How a verdict begins; of the signs, 1 is for the claim, -1 against, 0 in noise."""
+    found = set(signs)
+    if found == {1}:
+        return "As in the paper: "
+    if 1 in found:
+        return "In part as in the paper: "
+    return "Not as in the paper: " if -1 in found else "Within the noise: "
 
 
-def _holds(holds: bool) -> str:
-    return "As in the paper: " if holds else "Not as in the paper: "
+def _sign(holds: bool) -> int:
+    return 1 if holds else -1
 
 
 def _shortcuts(table: Table) -> str:
@@ -116,15 +128,15 @@ def _shortcuts(table: Table) -> str:
         f"{'no shortcut' if kind == 'none' else kind} {table.text(**fields)}"
         for kind, fields in kinds.items()
     )
-    signs = (table.order(kinds[kind], kinds["none"]) for kind in "ABC")
-    return f"{_outcome(signs)}test error is {said}."
+    signs = (table.below(kinds[kind], kinds["none"]) for kind in "ABC")
+    return f"{outcome(signs)}test error is {said}."
 
 
 def _preact(table: Table) -> str:
     original = {"model": "cifar_resnet110"}
     preact = {"model": "cifar_preact_resnet110"}
     return (
-        f"{_outcome([table.order(preact, original)])}at 110 layers, test error is "
+        f"{outcome([table.below(preact, original)])}at 110 layers, test error is "
         f"{table.text(**original)} with the original units and {table.text(**preact)} with "
         f"pre-activation; training loss {table.text('train_loss', **original)} and "
         f"{table.text('train_loss', **preact)}."
@@ -137,8 +149,9 @@ _CARDINALITIES = ("1x64d", "2x40d", "4x24d", "8x14d", "32x4d")
 def _resnext(table: Table) -> str:
     names = {kind: f"cifar_resnext29_{kind}" for kind in _CARDINALITIES}
     said = ", ".join(f"{kind} {table.text(model=name)}" for kind, name in names.items())
-    sign = table.order({"model": names["32x4d"]}, {"model": names["1x64d"]})
-    return f"{_outcome([sign])}at equal complexity, test error is {said}."
+    one, *others = ({"model": name} for name in names.values())
+    signs = (table.below(other, one) for other in others)
+    return f"{outcome(signs)}at equal complexity, test error is {said}."
 
 
 def _gamma(table: Table) -> str:
@@ -149,31 +162,33 @@ def _gamma(table: Table) -> str:
         f"with 1 and {table.text(**size, **zero)} with 0"
         for size in sizes
     )
-    signs = (table.order(size | zero, size | one) for size in sizes)
-    return f"{_outcome(signs)}{said}."
+    signs = (table.below(size | zero, size | one) for size in sizes)
+    return f"{outcome(signs)}{said}."
+
+
+_TRAINS = 20  # percent of training error that a net has at most which trains
 
 
 def _bn(table: Table) -> str:
     rates = table.values("lr_per_256")
-    best, largest = {}, {}
+    largest, said = {}, {}
     for kind in ("batch", "none"):
         errors = {
             rate: table.mean("train_error", norm__kind=kind, lr_per_256=rate)
             for rate in rates
         }
-        best[kind] = min(rates, key=lambda rate: errors[rate])
-        trained = [rate for rate in rates if errors[rate] < 20]
+        trained = [rate for rate in rates if errors[rate] < _TRAINS]
         largest[kind] = max(trained, default=0.0)
-    text = {
-        kind: table.text("train_error", norm__kind=kind, lr_per_256=best[kind])
-        for kind in best
-    }
+        best = min(rates, key=lambda rate: errors[rate])
+        text = table.text("train_error", norm__kind=kind, lr_per_256=best)
+        end = f"trains up to a rate of {largest[kind]:g}" if trained else "does not train"
+        said[kind] = f"{end}, best at {best:g} ({text})"
+    # A net that trains at no rate is no control.
+    signs = _sign(largest["batch"] > largest["none"]), _sign(largest["none"] > 0)
     return (
-        f"{_holds(largest['batch'] > largest['none'])}with batch norm the net trains (to "
-        f"less than 20 % training error) at rates up to {largest['batch']:g} per 256, and "
-        f"without up to {largest['none']:g}; at the best rate of each, "
-        f"{best['batch']:g} and {best['none']:g}, training error is {text['batch']} and "
-        f"{text['none']}."
+        f"{outcome(signs)}with batch norm the net {said['batch']}, and without it "
+        f"{said['none']}; to train is to come to less than {_TRAINS} % training error, "
+        "rates are for a minibatch of 256."
     )
 
 
@@ -181,33 +196,32 @@ _DEPTHS = (20, 56)
 
 
 def _depth(table: Table) -> str:
-    signs, said = {}, []
-    for kind in ("plain", "resnet"):
-        shallow, deep = (
-            {"model": f"cifar_{kind}{depth}"} for depth in (_DEPTHS[0], _DEPTHS[-1])
-        )
-        signs[kind] = table.order(deep, shallow, "train_error")
+    signs, said = [], []
+    for kind, name in (("plain", "plain"), ("resnet", "residual")):
+        shallow, deep = ({"model": f"cifar_{kind}{depth}"} for depth in _DEPTHS)
+        signs.append(table.below(shallow, deep, "train_error"))
         errors, losses = (
             " and ".join(table.text(number, **fields) for fields in (shallow, deep))
             for number in ("train_error", "train_loss")
         )
         said.append(
-            f"{'plain' if kind == 'plain' else 'residual'} nets of {_DEPTHS[0]} and "
-            f"{_DEPTHS[-1]} layers end at training error {errors} (loss {losses})"
+            f"{name} nets of {_DEPTHS[0]} and {_DEPTHS[1]} layers end at training error "
+            f"{errors} (loss {losses})"
         )
-    holds = signs["plain"] == 1 and signs["resnet"] < 1
-    return f"{_holds(holds)}{'; '.join(said)}."
+    plain, residual = signs
+    begin = outcome([plain, -1] if residual == 1 else [plain])
+    return f"{begin}{'; '.join(said)}."
 
 
 def _minibatch(table: Table) -> str:
     sizes = [{"batch_size": size} for size in table.values("batch_size")]
     said = ", ".join(f"{size['batch_size']}: {table.text(**size)}" for size in sizes)
-    above = [table.order(size, sizes[0]) == 1 for size in sizes]
+    above = [table.below(sizes[0], size) == 1 for size in sizes]
     flat = [*above, True].index(True)  # so many, from the smallest, are not above it
     return (
-        f"{_holds(len(sizes) / 2 <= flat < len(sizes))}test error by minibatch is {said}; "
-        f"up to {sizes[flat - 1]['batch_size']} it is that of {sizes[0]['batch_size']} "
-        "within the noise."
+        f"{outcome([_sign(flat >= len(sizes) / 2)])}test error by minibatch is {said}; "
+        f"up to {sizes[flat - 1]['batch_size']} it is not above that of "
+        f"{sizes[0]['batch_size']}, or within the noise."
     )
 
 
@@ -217,26 +231,28 @@ def _warmup(table: Table) -> str:
         ", ".join(f"{kind['warmup']} {table.text(number, **kind)}" for kind in kinds)
         for number in ("error", "train_loss")
     )
-    signs = [table.order(kinds[-1], kind) for kind in kinds[:-1]]
-    return f"{_outcome(signs)}test error is {said}; training loss {losses}."
+    signs = [table.below(kinds[-1], kind) for kind in kinds[:-1]]
+    return f"{outcome(signs)}test error is {said}; training loss {losses}."
 
 
-_LAYERS = {22: (10,), 30: (14,)}
+_STALLS = 80  # percent of training error from which a net has not begun to train
 
 
 def _init(table: Table) -> str:
-    said = []
-    for layers, sizes in _LAYERS.items():
+    trains, signs, said = {}, [], []
+    for layers, sizes in ((22, (10,)), (30, (14,))):
         shape = {"model_kwargs__stage_sizes": sizes}
         xavier, msra = ({**shape, "init": name} for name in ("xavier", "msra_fan_in"))
+        for name, fields in (("xavier", xavier), ("msra", msra)):
+            trains[layers, name] = table.mean("train_error", **fields) < _STALLS
+        signs.append(table.below(msra, xavier, "train_error"))
         said.append(
             f"{layers} layers end at training error {table.text('train_error', **xavier)} "
             f"with Xavier and {table.text('train_error', **msra)} with MSRA"
         )
-    # The last of them are the deepest.
-    stalls = table.mean("train_error", **xavier) > 80
-    holds = stalls and table.order(msra, xavier, "train_error") == -1
-    return f"{_holds(holds)}without batch norm, {'; '.join(said)}."
+    for (layers, name), begun in trains.items():
+        signs.append(_sign(begun != ((layers, name) == (30, "xavier"))))
+    return f"{outcome(signs)}without batch norm, {'; '.join(said)}."
 
 
 COMPARISONS: dict[str, Comparison] = {
@@ -287,11 +303,16 @@ COMPARISONS: dict[str, Comparison] = {
         "large, at which the net without it does not train.",
         vary={
             "norm.kind": "batch,none",
-            "lr_per_256": "0.02,0.1,0.5,2.5",
-            "seed": "0,1,2",
+            "lr_per_256": "0.05,0.2,0.8,3.2,12.8",
+            "seed": "0,1,2,3",
         },
-        fixed={"model": "cifar_plain20", "init": "msra_fan_in"},
-        digits={"num_epochs": "8", "eval_every_epochs": "2"},
+        # Of eight layers, which train without, too.
+        fixed={
+            "model": "cifar_plain20",
+            "model_kwargs.stage_sizes": "1,1,1",
+            "init": "msra_fan_in",
+        },
+        digits={"num_epochs": "15", "eval_every_epochs": "3"},
         axis="lr_per_256",
         verdict=_bn,
     ),
@@ -313,7 +334,7 @@ COMPARISONS: dict[str, Comparison] = {
         claim="Goyal et al. 2017, figure 1 (ResNet-50, ImageNet): 23.48 to 23.74 % error "
         "from minibatch 128 to 8,192, then 24.79, 27.55 and 33.96 % up to 65,536.",
         vary={"batch_size": "64,128,256,512,1024", "seed": "0,1,2,3"},
-        fixed={"warmup": "gradual", "init": "msra_fan_out_zero_gamma"},
+        fixed={"warmup": "goyal", "init": "msra_fan_out_zero_gamma"},
         digits={"num_epochs": "30", "eval_every_epochs": "3"},
         axis="batch_size",
         verdict=_minibatch,
@@ -329,6 +350,7 @@ COMPARISONS: dict[str, Comparison] = {
             "num_epochs": "40",
             "eval_every_epochs": "2",
             "lr_per_256": "0.8",
+            "warmup_start_lr": "0.1",  # as for a minibatch of 32
             "warmup_epochs": "8",  # of not even three updates each
         },
         verdict=_warmup,
@@ -367,7 +389,7 @@ def get_comparison(name: str) -> Comparison:
 
 
 def check_config(name: str, config: Config) -> None:
-    """Raises `UsageError` for nets of small images on large ones."""
+    """Raises `UsageError` for a config on which a comparison would say nothing."""
     row = COMPARISONS[name]
     models = (row.vary | row.fixed).get("model", "")
     size = config.data.image_size
@@ -375,6 +397,13 @@ def check_config(name: str, config: Config) -> None:
         raise UsageError(
             f"COMPARISON: {name} compares CIFAR nets, and config.data.image_size is "
             f"{size}; allowed: up to 64"
+        )
+    peak = scale_learning_rate(config.lr_per_256, config.batch_size)
+    start = config.lr_per_256 if config.warmup_start_lr is None else config.warmup_start_lr
+    if name == "warmup" and peak <= start:
+        raise UsageError(
+            f"COMPARISON: warmup is from a learning rate of {start:g} up to the peak, "
+            f"{peak:g} at config.batch_size={config.batch_size}; allowed: a larger one"
         )
 
 
@@ -404,6 +433,7 @@ def draw(rows: list[Row], comparison: Comparison | None = None) -> bytes:
     from matplotlib.figure import Figure
 
     axis = comparison.axis if comparison else None
+    axis = axis if axis in rows[0].fields else None
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     if comparison:
         figure.suptitle(comparison.title)
@@ -469,7 +499,6 @@ def _draw_by_axis(panel: Any, rows: list[Row], split: str, axis: str) -> None:
         means, stds = zip(*(row.spread(number) for row in own), strict=True)
         style = {"capsize": 3, "marker": ".", "label": label, **styles[label]}
         panel.errorbar(values, means, stds, **style)
-        panel.set_xticks(values, [f"{value:g}" for value in values])
     panel.set(xlabel=_LABELS.get(axis, axis), xscale="log")
     panel.set_xticks(values, [f"{value:g}" for value in values])
     panel.minorticks_off()

@@ -87,11 +87,16 @@ def member_mesh(num_members: int) -> Mesh:
     return Mesh(devices[:, None], (MEMBERS, AXIS))
 
 
+def members_take_turns() -> bool:
+    """Whether they do on a device: on a CPU one keeps a core busy and fits its cache."""
+    return jax.default_backend() == "cpu"
+
+
 def run_members(step: Callable, mesh: Mesh, donate_state: bool = False) -> Callable:
     """The program of one member as one of all members at once, spread over the devices.
 
-    On a device its members are a batch of the program (`vmap`), but on a CPU, where one
-    keeps a core busy and fits its cache, they take turns in a loop of it.
+    On a device its members are a batch of the program (`vmap`), or take turns in a loop of
+    it, as `members_take_turns` says.
 
     Args:
       step: (state, own, shared) -> outputs, of one member.
@@ -102,13 +107,13 @@ def run_members(step: Callable, mesh: Mesh, donate_state: bool = False) -> Calla
       (states, own, shared) -> outputs, where all but `shared` have an axis of the members
       in front, a multiple of the devices long.
     """
-    on_cpu = jax.default_backend() == "cpu"
+    map_members = jax.lax.map if members_take_turns() else _map_all
 
     def per_device(states: Any, own: Any, shared: Any) -> Any:
         def one(args: tuple[Any, Any]) -> Any:
             return step(*args, shared)
 
-        return (jax.lax.map if on_cpu else _map_all)(one, (states, own))
+        return map_members(one, (states, own))
 
     mapped = jax.shard_map(
         per_device,

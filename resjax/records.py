@@ -97,7 +97,10 @@ def best_step(
       metric: "top1", "top5", "loss", or "none", of which none is best.
       steps: that have a checkpoint.
     """
-    rows = [row for row in evaluations if row["step"] in steps and metric in row]
+    rows = [row for row in evaluations if row["step"] in steps]
+    rows = [
+        row for row in rows if row.get(metric) is not None
+    ]  # the loss is, if it diverged
     if metric == "loss":
         return min(rows, key=lambda row: row["loss"])["step"] if rows else None
     return max(rows, key=lambda row: row[metric])["step"] if rows else None

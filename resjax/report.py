@@ -14,7 +14,7 @@ import io
 import math
 import statistics
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,7 @@ class Result:
       config: of the run.
       error: top-1 error, the median of the last epochs, in percent.
       num_evaluations: that the median is of.
-      train_loss: of the last training record, in nats; not finite if the run diverged.
+      train_loss: mean over the last epoch, in nats; not finite if the run diverged.
       train_error: likewise, top-1 in percent.
       test_loss: of the last evaluation, as `train_loss`.
       curve: {epoch: top-1 test error in percent} of every evaluation.
@@ -75,7 +75,9 @@ class Row:
     @property
     def name(self) -> str:
         """The fields as `field=value`."""
-        return " ".join(f"{name}={_text(value)}" for name, value in self.fields.items())
+        return " ".join(
+            f"{name}={format_value(value)}" for name, value in self.fields.items()
+        )
 
     def spread(self, number: str) -> tuple[float, float]:
         """Mean and sample standard deviation of a number of `Result` over the runs."""
@@ -153,9 +155,13 @@ def read_run(workdir: str | epath.Path) -> Result:
         last = last or [curve[reached]]
         trained = [row for row in rows if row["split"] == "train"]
         train_curve = {row["epoch"]: 100 - row["top1"] for row in trained}
-        train_loss, test_loss = (
-            math.nan if row["loss"] is None else float(row["loss"])  # None: it diverged
-            for row in (trained[-1], tests[-1])
+        test_loss = _loss(tests[-1])
+        # The records of the last epoch, each as long as it is.
+        updates = np.diff([0, *(row["step"] for row in trained)])
+        weights = updates * [row["epoch"] > trained[-1]["epoch"] - 1 for row in trained]
+        train_loss, train_error = (
+            float(np.average(values, weights=weights))
+            for values in (list(map(_loss, trained)), list(train_curve.values()))
         )
     except (LookupError, TypeError, ZeroDivisionError) as error:
         raise UsageError(
@@ -167,11 +173,15 @@ def read_run(workdir: str | epath.Path) -> Result:
         error=statistics.median(last),
         num_evaluations=len(last),
         train_loss=train_loss,
-        train_error=train_curve[trained[-1]["epoch"]],
+        train_error=train_error,
         test_loss=test_loss,
         curve=curve,
         train_curve=train_curve,
     )
+
+
+def _loss(record: records.Record) -> float:
+    return math.nan if record["loss"] is None else float(record["loss"])  # it diverged
 
 
 def _read_config(workdir: epath.Path) -> Config:
@@ -195,7 +205,7 @@ def _row(names: list[str], results: list[Result]) -> Row:
     )
 
 
-def _text(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value as `--config.FIELD=VALUE` takes it."""
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
@@ -204,6 +214,21 @@ def _evaluations(row: Row) -> str:
     """How many evaluations the median of each run is of."""
     counts = sorted({result.num_evaluations for result in row.results})
     return " or ".join(map(str, counts))
+
+
+def order(one: Sequence[float] | np.ndarray, other: Sequence[float] | np.ndarray) -> int:
+    """-1 if the mean of some seeds is less than that of others, 1 if it is more.
+
+    0 if the means differ by no more than two standard errors of their difference, which is
+    the noise, or there is only one seed to tell it.
+    """
+    if min(len(one), len(other)) < 2:
+        return 0
+    error = math.sqrt(sum(np.var(values, ddof=1) / len(values) for values in (one, other)))
+    difference = np.mean(one) - np.mean(other)
+    if not abs(difference) > 2 * error:  # not a number if a run diverged
+        return 0
+    return 1 if difference > 0 else -1
 
 
 def format_spread(spread: tuple[float, float], digits: int = 2) -> str:
@@ -251,13 +276,13 @@ def format_csv(rows: list[Row]) -> str:
     """
     lines = []
     for row in rows:
-        numbers = {}
+        numbers = dict[str, Any]()
         for name in ("error", "train_error", "train_loss", "test_loss"):
             mean, std = row.spread(name)
             numbers |= {name: mean, f"{name}_std": "" if math.isnan(std) else std}
         lines.append(
             {
-                **{name: _text(value) for name, value in row.fields.items()},
+                **{name: format_value(value) for name, value in row.fields.items()},
                 "seeds": " ".join(str(result.config.seed) for result in row.results),
                 **numbers,
                 "evaluations": _evaluations(row),

@@ -128,7 +128,6 @@ def plan(
         vary = parse_vary([f"{k}={v}" for k, v in comparison.vary.items()]) | vary
         own = comparison.fixed | ({} if config_file else comparison.digits)
         base = configs.override(base, [f"--config.{k}={v}" for k, v in own.items()])
-        comparisons.check_config(name, base)
         for field in sorted(given & comparison.fixed.keys()):
             raise UsageError(
                 f"--config.{field}: it is {comparison.fixed[field]} in {name}; leave it out"
@@ -142,7 +141,10 @@ def plan(
     parts = [name, config_file.stem if config_file else None]
     default = "_".join(["sweep", *filter(None, parts)]) if any(parts) else "sweep_digits"
     folder = checkpoint.to_path(workdir or f"runs/{default}")
-    return make_members(configs.override(base, words), vary, folder), folder
+    config = configs.override(base, words)
+    if name is not None:
+        comparisons.check_config(name, config)
+    return make_members(config, vary, folder), folder
 
 
 def train(members: list[Member]) -> None:
@@ -172,9 +174,8 @@ def _train_all(members: list[Member], stop: signals.StopSignals) -> int:
     todo = [member for member in members if not _is_finished(member)]
     if len(todo) < len(members):
         records.say(f"{len(members) - len(todo)} of {len(members)} runs are finished")
-    groups = build_members.group([member.config for member in todo])
-    for i, places in enumerate(groups):
-        own = [todo[place] for place in places]
+    groups = _groups(todo)
+    for i, own in enumerate(groups):
         names = " ... ".join(dict.fromkeys(m.workdir.name for m in (own[0], own[-1])))
         records.say(f"part {i + 1} of {len(groups)}, {len(own)} at once: {names}")
         stop.tell, stop.has_news = tell, False
@@ -185,6 +186,19 @@ def _train_all(members: list[Member], stop: signals.StopSignals) -> int:
         if code:
             return code
     return 0
+
+
+def _groups(members: list[Member]) -> list[list[Member]]:
+    """Those that are trained at once, in order; they stand at the same update."""
+    groups: list[list[Member]] = []
+    for places in build_members.group([member.config for member in members]):
+        by_start: dict[tuple[int, bool], list[Member]] = {}
+        for place in places:
+            start = _start(members[place])
+            key = (start.step, start.is_evaluated)
+            by_start.setdefault(key, []).append(members[place])
+        groups += by_start.values()
+    return groups
 
 
 def _train_alone(member: Member, stop: signals.StopSignals) -> int:
@@ -212,21 +226,24 @@ def _is_finished(member: Member) -> bool:
 
 
 def _train_group(group: list[Member], stop: signals.StopSignals) -> int:
-    """Trains runs at once, from the last evaluation that all of them have saved."""
+    """Trains runs at once that stand at the same update."""
     members = build_members.build_members([member.config for member in group])
+    starts = [_start(member) for member in group]
     with contextlib.ExitStack() as stack:
         for member in group:
             training.make_workdir(member.workdir)
             stack.enter_context(records.lock(member.workdir))
             training.write_config(member.workdir, member.config)
-        states, start_step, windows = _first_states(group, members)
+        for member, start in zip(group, starts, strict=True):
+            training.put_aside(member.workdir, start.damaged)
+        states, start_step = _first_states(members, starts), starts[0].step
         logs = [
             _Log(
                 member,
                 members,
                 place,
                 stack.enter_context(records.open_metrics(member.workdir, start_step)),
-                windows[place],
+                training.stored_window(member.config, starts[place].latest),
             )
             for place, member in enumerate(group)
         ]
@@ -236,12 +253,17 @@ def _train_group(group: list[Member], stop: signals.StopSignals) -> int:
             f"{members.num_steps:,} steps of {members.configs[0].batch_size}; compiling ..."
         )
         for segment in train_members(
-            members, states, start_step, lambda: bool(stop.received)
+            members,
+            states,
+            start_step,
+            starts[0].is_evaluated,
+            should_stop=lambda: bool(stop.received),
         ):
             stop.has_news = True  # a signal waits until all is written
             for log in logs:
                 log.write_segment(segment)
-            _tell(segment, members)
+            if segment.test:
+                _tell(segment, members)
             stop.has_news = False
         if stop.received:
             stop.tell(stop.received[0])
@@ -252,63 +274,59 @@ def _train_group(group: list[Member], stop: signals.StopSignals) -> int:
     return 0
 
 
-def _first_states(
-    group: list[Member], members: Members
-) -> tuple[TrainState, int, list[dict[str, float]]]:
-    """States, the updates they have seen, and what the logs had summed by then.
+@dataclasses.dataclass(frozen=True)
+class _Start:
+    """Where a run goes on.
 
-    They are from the last step that every member has saved or had diverged by; what a
-    member has saved later is removed, since it is made again.
+    Attributes:
+      step: updates done.
+      latest: the newest whole checkpoint; None: there is none, or the run diverged since.
+      damaged: what is wrong with newer ones, by step.
+      is_evaluated: whether the evaluation after those updates, if one is due, is written.
     """
-    start = members.init_states()
-    like = jax.eval_shape(lambda tree: jax.tree.map(lambda x: x[0], tree), start)
-    found: list[tuple[TrainState, dict[str, float]]] = []
-    step = 0
-    reached = [
-        {*checkpoint.list_steps(member.workdir), *_diverged_by(member)} for member in group
-    ]
-    for step in sorted(set.intersection(*reached), reverse=True):
-        try:
-            found = [_read_state(member, step, like) for member in group]
-            break
-        except checkpoint.DamagedError as error:
-            records.warn(f"{error}; an earlier one is used")
-    if not found:
-        step = 0
-    for member in group:
-        for later in checkpoint.list_steps(member.workdir):
-            if later > step:
-                checkpoint.directory(member.workdir, later).rmtree()
-    if not found:
-        return start, 0, [{} for _ in group]
-    states, windows = zip(*found, strict=True)
-    return members.shard(states), step, list(windows)
+
+    step: int
+    latest: checkpoint.Checkpoint | None
+    damaged: dict[int, checkpoint.DamagedError]
+    is_evaluated: bool
 
 
-def _diverged_by(member: Member) -> set[int]:
-    """The evaluations whose loss was not finite, of which there is no checkpoint."""
-    evaluations = records.read_evaluations(member.workdir)
-    return {row["step"] for row in evaluations if row["loss"] is None}
+def _start(member: Member) -> _Start:
+    """Raises `UsageError` if the workdir holds something else, or only what is damaged."""
+    latest, damaged = training.check_workdir(member.workdir, member.config)
+    step = latest.step if latest else 0
+    losses = {row["step"]: row["loss"] for row in records.read_evaluations(member.workdir)}
+    # Of a run that diverged there are evaluations alone.
+    lost = max((at for at, loss in losses.items() if loss is None), default=0)
+    if lost > step:
+        return _Start(lost, None, damaged, is_evaluated=True)
+    return _Start(step, latest, damaged, is_evaluated=step == 0 or step in losses)
 
 
-def _read_state(
-    member: Member, step: int, like: TrainState
-) -> tuple[TrainState, dict[str, float]]:
-    """A member's state after a step, NaN if it had diverged, and its log's window."""
-    if step in _diverged_by(member):
-        lost = jax.tree.map(
+def _first_states(members: Members, starts: list[_Start]) -> TrainState:
+    """The states of runs at the same update; NaN of those that have diverged."""
+    states = members.init_states()
+    if not starts[0].step:
+        return states
+    like = jax.eval_shape(lambda tree: jax.tree.map(lambda x: x[0], tree), states)
+    return members.shard([_read_state(start, like) for start in starts])
+
+
+def _read_state(start: _Start, like: TrainState) -> TrainState:
+    if start.latest is None:
+        return jax.tree.map(
             lambda x: np.full(
-                x.shape, step if jnp.issubdtype(x.dtype, jnp.integer) else np.nan, x.dtype
+                x.shape,
+                start.step if jnp.issubdtype(x.dtype, jnp.integer) else np.nan,
+                x.dtype,
             ),
             like,
         )
-        return lost, {}
-    saved = checkpoint.read_directory(checkpoint.directory(member.workdir, step))
-    state = TrainState(
-        **checkpoint.to_tree(saved.arrays["variables"], like.variables, saved.path),
-        **checkpoint.to_tree(saved.arrays["optimizer"], like.optimizer, saved.path),
+    arrays, path = start.latest.arrays, start.latest.path
+    return TrainState(
+        **checkpoint.to_tree(arrays["variables"], like.variables, path),
+        **checkpoint.to_tree(arrays["optimizer"], like.optimizer, path),
     )
-    return state, training.stored_window(member.config, saved)
 
 
 class _Log:
@@ -344,18 +362,18 @@ class _Log:
     def write_segment(self, segment: Segment) -> None:
         """Writes the records of the updates and the evaluation, and a checkpoint."""
         train = {name: sums[self.place] for name, sums in segment.train.items()}
-        num_updates = len(train["loss"])
-        speed = num_updates * self.log.images_per_step / segment.seconds
-        for i in range(num_updates):
-            step = segment.step - num_updates + i + 1
+        speed = segment.num_updates * self.log.images_per_step / segment.seconds
+        for i in range(segment.num_updates):
+            step = segment.step - segment.num_updates + i + 1
             sums = {name: float(values[i]) for name, values in train.items()}
             self.window = metrics.add_up([self.window, sums] if self.window else [sums])
             if step % self.log.every == 0 or step == self.num_steps:
                 self._write(step, "train", self.window, speed)
                 self.window = {}
-        test = {name: float(sums[self.place]) for name, sums in segment.test.items()}
-        evaluation = self._write(segment.step, "test", test, speed)
-        self.evaluations.append(evaluation)
+        if segment.test:
+            test = {name: float(sums[self.place]) for name, sums in segment.test.items()}
+            self.evaluations.append(self._write(segment.step, "test", test, speed))
+        evaluation = self.evaluations[-1] if self.evaluations else None
         state = jax.tree.map(lambda x: np.asarray(x[self.place]), segment.states)
         record = {**self.record, "evaluation": evaluation, "window": self.window}
         # Of a run that diverged, nothing is saved.
@@ -381,12 +399,20 @@ def _tell(segment: Segment, members: Members) -> None:
     top1 = 100 * test["top1"] / test["num_examples"]
     diverged = int((~np.isfinite(test["loss"])).sum())
     epoch = segment.step * members.configs[0].batch_size / members.num_examples
-    images = segment.train["num_examples"].sum() / segment.seconds
+    updates = segment.num_updates * len(members.configs)
+    images = updates * members.configs[0].batch_size / segment.seconds
     records.say(
         f"step {segment.step:>6,}/{members.num_steps:,}  epoch {epoch:6.2f}  test top-1 "
         f"from {top1.min():.2f} to {top1.max():.2f} %, median {np.median(top1):.2f} %  "
         f"{images:,.0f} images/s" + (f"  {diverged} diverged" if diverged else "")
     )
+
+
+def _num_cores() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on a Mac
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def use_all_cores(members: list[Member]) -> None:
@@ -398,7 +424,7 @@ def use_all_cores(members: list[Member]) -> None:
     if "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
     sizes = [member.config.batch_size for member in members]
-    fitting = (n for n in range(os.cpu_count() or 1, 0, -1) if math.gcd(n, *sizes) == n)
+    fitting = (n for n in range(_num_cores(), 0, -1) if math.gcd(n, *sizes) == n)
     with contextlib.suppress(RuntimeError):  # jax has looked for devices already
         jax.config.update("jax_num_cpu_devices", next(fitting))
 
@@ -418,13 +444,12 @@ def compare(members: list[Member], name: str | None, folder: epath.Path) -> None
     (folder / "compare.png").write_bytes(comparisons.draw(rows, comparison))
     if missing:
         records.warn(f"{missing} of {len(members)} runs are not finished, or diverged")
-    elif comparison and comparison.is_complete(rows):
-        table = comparisons.Table(rows)
-        text = f"{comparison.claim}\n{comparison.verdict(table)}\n"
+    elif comparison and (why := comparison.why_no_verdict(rows)):
+        records.say(f"no verdict of {name}: {why}")
+    elif comparison:
+        text = f"{comparison.claim}\n{comparison.verdict(comparisons.Table(rows))}\n"
         records.say(f"\n{text}")
         (folder / "compare.txt").write_text(text)
-    elif comparison:
-        records.say(f"no verdict: --vary is not that of {name}")
     records.say(f"see {folder / 'compare.png'} and {folder / 'compare.csv'}")
 
 

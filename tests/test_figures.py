@@ -137,7 +137,9 @@ def test_the_lesions_verdict_leaves_out_plain_nets_that_did_not_train():
     assert "over blocks (it has hardly trained)" in verdict
 
 
-@pytest.mark.parametrize("deep, said", [(0.8, "As"), (1.2, "Not as")])
+@pytest.mark.parametrize(
+    "deep, said", [(0.8, "As"), (1.2, "In part as"), (2.5, "In part as")]
+)
 def test_the_responses_verdict_wants_smaller_and_shrinking_responses(deep, said):
     measured = {
         "plain": np.full((2, 3), 2.0),

@@ -22,17 +22,19 @@ _IN_FLIGHT = 2  # dispatches ahead of the devices
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """The updates of all members from one evaluation to the next, and that evaluation.
+    """Updates of all members, and what came of them.
 
     Attributes:
       step: updates finished.
+      num_updates: of them, those of this segment.
       states: of the members, on the devices; given away when the next segment begins.
       train: sums of the minibatch of each update, {"loss", ...: [M, updates]}.
-      test: sums over the test split, {"loss", ...: [M]}.
+      test: sums over the test split, {"loss", ...: [M]}; empty if it was not evaluated.
       seconds: that the updates took.
     """
 
     step: int
+    num_updates: int
     states: TrainState
     train: dict[str, np.ndarray]
     test: dict[str, np.ndarray]
@@ -104,20 +106,21 @@ def sweep(
         )
     members = build_members.build_members(all_configs, schemes, batch_seed)
     segments = list(train_members(members, members.init_states()))
+    evaluated = [segment for segment in segments if segment.test]
     train = {
         name: np.concatenate([segment.train[name] for segment in segments], axis=1)
         for name in segments[0].train
     }
     test = {
-        name: np.stack([segment.test[name] for segment in segments], axis=1)
-        for name in segments[0].test
+        name: np.stack([segment.test[name] for segment in evaluated], axis=1)
+        for name in evaluated[0].test
     }
     return Sweep(
         members=fields,
         learning_rates=members.learning_rates,
         train_loss=train["loss"] / train["num_examples"],
         train_error=100 - 100 * train["top1"] / train["num_examples"],
-        steps=np.array([segment.step for segment in segments]),
+        steps=np.array([segment.step for segment in evaluated]),
         test_loss=test["loss"] / test["num_examples"],
         test_error=100 - 100 * test["top1"] / test["num_examples"],
         variables=[
@@ -131,25 +134,31 @@ def train_members(
     members: Members,
     states: TrainState,
     start_step: int = 0,
+    is_evaluated: bool = True,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Segment]:
-    """Trains from an update to the end, or until it is to stop; a segment an evaluation.
+    """Trains from an update to the end, or until it is to stop.
+
+    A segment ends where an evaluation or a checkpoint is due, and where it is to stop.
 
     Args:
       members: from `build_members`.
       states: of the members after `start_step` updates, on the devices; given away.
       start_step: updates that are done.
-      should_stop: asked before each dispatch; a segment that has begun is then dropped.
+      is_evaluated: whether an evaluation that is due after them is done, too.
+      should_stop: asked before each dispatch.
     """
     count, step = len(members.configs), start_step
     images = count * members.configs[0].batch_size
     total, done = images * members.num_steps, images * start_step
+    ends = [n for n in sorted(members.segment_ends) if n > start_step]
+    if not is_evaluated and start_step in members.eval_steps:
+        ends.insert(0, start_step)
     with hooks.progress_bar(total, done, f"training {count} at once") as bar:
-        for end in sorted(n for n in members.eval_steps if n > start_step):
-            began, sums, in_flight = time.perf_counter(), list[Any](), deque[Any]()
-            while step < end:
-                if should_stop():
-                    return
+        for end in ends:
+            began, first = time.perf_counter(), step
+            sums, in_flight = list[Any](), deque[Any]()
+            while step < end and not should_stop():
                 states, each = members.train_step(states, step)
                 sums += each
                 step += len(each)
@@ -157,16 +166,20 @@ def train_members(
                 if len(in_flight) > _IN_FLIGHT:
                     jax.block_until_ready(in_flight.popleft())
                 bar.update(images * len(each))
-            train = _fetch(sums, count)
+            train, test = _fetch(sums, count), {}
             seconds = time.perf_counter() - began
-            test = _fetch(members.evaluate(states), count)
-            summed = {name: values.sum(axis=1) for name, values in test.items()}
-            yield Segment(step, states, train, summed, seconds)
+            if step == end and step in members.eval_steps:
+                each_test = _fetch(members.evaluate(states), count)
+                test = {name: values.sum(axis=1) for name, values in each_test.items()}
+            if step > first or test:
+                yield Segment(step, step - first, states, train, test, seconds)
+            if step < end:
+                return
 
 
 def _fetch(sums: list[Any], count: int) -> dict[str, np.ndarray]:
-    """Sums of many dispatches as {name: [M, dispatches] float64}."""
-    fetched = jax.device_get(sums)
+    """Sums of many updates or batches as {name: [M, that many] float64}."""
+    fetched = jax.device_get(sums) or [{}]
     return {
         name: np.stack([part[name][:count] for part in fetched], axis=1, dtype=np.float64)
         for name in fetched[0]
