@@ -270,7 +270,7 @@ COMPARISONS: dict[str, Comparison] = {
         "pre-activation at 110 layers, 7.61 and 4.92 % at 1,001.",
         vary={"model": "cifar_resnet110,cifar_preact_resnet110", "seed": "0,1,2,3"},
         fixed={"model_kwargs.remat": "true"},  # they are deep
-        digits={"lr_per_256": "0.08", "num_epochs": "10", "eval_every_epochs": "1"},
+        digits={"lr_per_256": "0.08", "num_epochs": "8", "eval_every_epochs": "1"},
         verdict=_preact,
     ),
     "resnext": Comparison(
@@ -294,7 +294,7 @@ COMPARISONS: dict[str, Comparison] = {
             "batch_size": "128,512",
             "seed": "0,1,2,3",
         },
-        digits={"num_epochs": "12", "eval_every_epochs": "2"},
+        digits={"num_epochs": "30", "eval_every_epochs": "3"},
         verdict=_gamma,
     ),
     "bn": Comparison(
