@@ -29,8 +29,10 @@ HEAD = """# The papers' figures, on the digits
 Each is real training on scikit-learn's 1,437 digits (8 x 8 pixels; 360 more to test on),
 in minutes on two CPU cores. The first line under a title is what the paper says, the
 second what was measured: mean ± standard deviation over seeds, whichever way it fell.
-Means that differ by less than two standard errors are within the noise; one test image is
-0.28 %. Each command takes `--config=configs/cifar10_resnet20.py` for whoever has CIFAR-10.
+Means that differ by less than two standard errors are within the noise, which of so few
+seeds one in ten exceeds by chance; one test image is 0.28 %. A claim holds in part if not
+all of its comparisons do. Each command takes `--config=configs/cifar10_resnet20.py` for
+whoever has CIFAR-10.
 This page is written by `python -m figures.gallery`.
 """
 

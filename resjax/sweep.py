@@ -5,9 +5,9 @@ python -m resjax.sweep depth                              # a comparison of the 
 python -m resjax.sweep shortcuts --config=configs/cifar10_resnet20.py
 
 Runs that differ only in seed, init, learning rate and its schedule, momentum or weight
-decay are trained at once, if the devices hold their data; the others one after another.
-Each has a workdir of its own, as of train.py. The same command again goes on where it was
-stopped.
+decay are trained at once, if the devices of this host hold their data; the others one
+after another. Each has a workdir of its own, as of train.py. Ctrl-C and SIGTERM save all of
+them, and the same command again goes on there, also with more values.
 """
 
 import contextlib

@@ -76,6 +76,11 @@ def init_errors(xavier22, msra22, xavier30, msra30):
 CASES = [
     ("shortcuts", "As", lambda c: 20 if c.model_kwargs.shortcut == "none" else 10),
     ("shortcuts", "In part as", lambda c: 4 if c.model_kwargs.shortcut == "A" else 5.5),
+    (
+        "shortcuts",
+        "In part as",
+        lambda c: {"A": 4, "none": 9}.get(c.model_kwargs.shortcut, 6),
+    ),
     ("shortcuts", "Not as", lambda c: 10 if c.model_kwargs.shortcut == "none" else 20),
     ("preact", "As", lambda c: 10 if "preact" in c.model else 20),
     ("preact", "Not as", lambda c: 20 if "preact" in c.model else 10),

@@ -150,7 +150,8 @@ def test_runs_that_diverge_are_a_row_of_the_table_and_stop_nobody(swept, capsys,
         (workdirs[name] / "metrics.jsonl").write_text("\n".join(rows) + "\n")
     assert sweep.main(flags) == 0
     out = capsys.readouterr().out
-    assert "4 at once" in out and f"after step {steps[-2]}," in out
+    assert "3 at once" in out and f"after step {steps[-2]}," in out
+    assert f"after step {steps[-1]}," in out  # saved, but its evaluation is not written
     assert all(
         (before[name] == again).all() for name, again in saved(whole, steps[-1]).items()
     )
@@ -206,36 +207,47 @@ def test_a_workdir_of_another_config_is_left_alone(swept):
 
 
 @pytest.mark.slow
-def test_a_sweep_that_is_stopped_goes_on_bitwise(swept, spawn, command, tmp_path):
+def test_a_sweep_that_is_stopped_saves_and_goes_on_bitwise_with_more_seeds(
+    swept, spawn, command, tmp_path
+):
     _, flags = swept
     flags = [
         flags[0],
-        *flags[2:4],
-        "--config.num_epochs=1",
-        "--config.eval_every_epochs=0.2",
+        flags[2],
+        "--config.num_epochs=6",
+        "--config.eval_every_epochs=3",
+        "--config.checkpoint.every_steps=400",
     ]
-    folders = [tmp_path / "whole", tmp_path / "stopped"]
-    done = command("-m", "resjax.sweep", *flags, f"--workdir={folders[0]}", cwd=ROOT)
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    first, more = "--vary=seed=0,1", "--vary=seed=0,1,2"
+    done = command("-m", "resjax.sweep", *flags, more, f"--workdir={whole}", cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    last = [*flags, f"--workdir={folders[1]}"]
-    with spawn("-m", "resjax.sweep", *last, cwd=ROOT) as process:
+    last = [*flags, f"--workdir={stopped}"]
+    with spawn("-m", "resjax.sweep", *last, first, cwd=ROOT) as process:
         for line in process.stdout:
             if line.startswith("step"):
                 break
-        time.sleep(0.2)
+        time.sleep(1)
         process.send_signal(signal.SIGTERM)
         assert process.wait() == 143
-    done = command("-m", "resjax.sweep", *last, cwd=ROOT)
+    steps = {
+        max(int(path.name) for path in (workdir / "checkpoints").iterdir())
+        for workdir in stopped.glob("*/")
+    }
+    (step,) = steps
+    assert 269 < step < 539 and step != 400  # at no evaluation, and at no other end
+    done = command("-m", "resjax.sweep", *last, more, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    for workdir in folders[0].iterdir():
-        if workdir.is_dir():
-            other = folders[1] / workdir.name
-            whole, again = (
-                [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows]
-                for rows in (read_metrics(workdir), read_metrics(other))
-            )
-            assert whole == again
-            step = max(row["step"] for row in whole)
+    assert "4 at once: init=xavier,seed=0 ... init=msra_fan_out,seed=1" in done.stdout
+    assert f"after step {step}," in done.stdout and "from the start," in done.stdout
+    for workdir in whole.glob("*/"):
+        other = stopped / workdir.name
+        rows, again = (
+            [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows]
+            for rows in (read_metrics(workdir), read_metrics(other))
+        )
+        assert rows == again
+        for step in (400, max(row["step"] for row in rows)):
             for item in ("variables", "optimizer"):
                 a, b = saved(workdir, step, item), saved(other, step, item)
                 assert all((a[name] == b[name]).all() for name in a)

@@ -9,9 +9,10 @@ import pytest
 from conftest import ROOT
 
 import resjax
-from resjax import build
+from resjax import build, build_members, parallel
 from resjax import config as configs
 from resjax.analysis import sweep
+from resjax.analysis.sweeps import train_members
 from resjax.config import DataConfig, UsageError
 from resjax.initializers import get_scheme
 
@@ -53,14 +54,19 @@ def check_member(result, i, config):
 
 
 @pytest.mark.slow
-def test_members_are_the_runs_of_their_configs_done_one_by_one():
-    # Three of them on eight devices, of which some repeat the last.
+@pytest.mark.parametrize("in_turns", [False, True], ids=["vmap", "in_turns"])
+def test_members_are_the_runs_of_their_configs_done_one_by_one(in_turns, monkeypatch):
+    # Three on two devices, of which the second repeats the last.
+    monkeypatch.setattr(parallel, "_devices", lambda: jax.devices()[:2])
+    monkeypatch.setattr(parallel, "members_take_turns", lambda: in_turns)
     config = small(num_steps=12)
-    vary = {"lr_per_256": [0.1, 0.05], "seed": [7], "warmup": ["none", "gradual"]}
-    result = sweep(config, vary)
-    assert result.members[1] == {"lr_per_256": 0.1, "seed": 7, "warmup": "gradual"}
-    assert result.train_loss.shape == result.learning_rates.shape == (4, 12)
-    check_member(result, 1, dataclasses.replace(config, seed=7, warmup="gradual"))
+    result = sweep(config, {"seed": [7], "lr_per_256": [0.1, 0.05, 0.02]})
+    assert result.members[1] == {"seed": 7, "lr_per_256": 0.05}
+    assert result.train_loss.shape == result.learning_rates.shape == (3, 12)
+    monkeypatch.undo()
+    for i in (1, 2):
+        own = dataclasses.replace(config, **result.members[i])
+        check_member(result, i, own)
 
 
 @pytest.mark.slow
@@ -123,6 +129,37 @@ def test_a_member_that_diverges_leaves_the_others_alone():
     lone = sweep(config, {"lr_per_256": [0.05], "warmup": ["none"]})
     assert not np.isfinite(result.train_loss[0, -1]) and result.test_error[0, -1] == 100
     np.testing.assert_array_equal(result.train_loss[1], lone.train_loss[0])
+
+
+@pytest.mark.slow
+def test_segments_end_at_evaluations_checkpoints_and_where_they_are_to_stop():
+    often = configs.CheckpointConfig(every_steps=3)
+    config = small(num_steps=8, checkpoint=often)
+    config = dataclasses.replace(config, eval_every_epochs=4 * 64 / 1437)
+    members = build_members.build_members([config])
+
+    def train(start_step=0, is_evaluated=True, calls=99):
+        left = iter([False] * calls)
+        states = members.init_states()
+        return [
+            (
+                s.step,
+                s.num_updates,
+                s.train.get("loss", np.zeros((1, 0))).size,
+                bool(s.test),
+            )
+            for s in train_members(
+                members, states, start_step, is_evaluated, lambda: next(left, True)
+            )
+        ]
+
+    ends = [(3, 3, 3, False), (4, 1, 1, True), (6, 2, 2, False), (8, 2, 2, True)]
+    assert train() == ends
+    assert train(calls=5) == [*ends[:2], (5, 1, 1, False)]
+    assert train(calls=4) == ends[:2]  # nothing is done after the last
+    assert train(start_step=4) == ends[2:]
+    assert train(start_step=4, is_evaluated=False) == [(4, 0, 0, True), *ends[2:]]
+    assert train(start_step=8, is_evaluated=False) == [(8, 0, 0, True)]
 
 
 @pytest.mark.parametrize(
