@@ -314,7 +314,7 @@ COMPARISONS: dict[str, Comparison] = {
             "model_kwargs.stage_sizes": "1,1,1",
             "init": "msra_fan_in",
         },
-        digits={"num_epochs": "15", "eval_every_epochs": "3"},
+        digits={"num_epochs": "30", "eval_every_epochs": "3"},
         axis="lr_per_256",
         verdict=_bn,
     ),
