@@ -3,8 +3,8 @@
   python -m figures.gallery
 
 Runs `python -m resjax.sweep` for each comparison and the other scripts of this folder,
-which reuse the nets of those; what is finished is not trained again. Over an hour on two
-cores.
+which reuse the nets of those. What is finished is not trained again, and of the scripts what
+is there is not drawn again. Over an hour on two cores.
 """
 
 import shutil
@@ -63,9 +63,10 @@ def main(arguments: list[str]) -> int:
             title, sweep = SCRIPTS[name]
             words, stem = [f"figures.{name}"], name
         runs = flags.runs / f"sweep_{sweep}"
-        done = subprocess.run([sys.executable, "-m", *words, f"--workdir={runs}"])
-        if done.returncode:
-            raise RunError(f"{' '.join(words)} ended with exit code {done.returncode}")
+        if name in COMPARISONS or not (runs / f"{stem}.txt").exists():
+            done = subprocess.run([sys.executable, "-m", *words, f"--workdir={runs}"])
+            if done.returncode:
+                raise RunError(f"{' '.join(words)} ended with exit code {done.returncode}")
         for suffix in ("png", "csv"):
             shutil.copyfile(runs / f"{stem}.{suffix}", folder / f"{name}.{suffix}")
         if not (runs / f"{stem}.txt").exists():
