@@ -3,8 +3,8 @@
   python -m figures.gallery
 
 Runs `python -m resjax.sweep` for each comparison and the other scripts of this folder,
-which reuse the nets of those. What is finished is not trained again, and of the scripts what
-is there is not drawn again. Over an hour on two cores.
+which reuse the nets of those. What is finished is not trained again, and what a script has
+drawn is not drawn again. Over an hour on two cores.
 """
 
 import shutil

@@ -1,5 +1,6 @@
 """What the README and the docs say is there, runs, and is so."""
 
+import csv
 import dataclasses
 import itertools
 import re
@@ -10,9 +11,11 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
+import figures
 import resjax
+from figures import lesion
 from resjax import config as configs
-from resjax import sweep
+from resjax import report, sweep
 from resjax.comparisons import COMPARISONS
 
 README = (ROOT / "README.md").read_text()
@@ -120,3 +123,66 @@ def test_the_training_commands_parse():
         config, _, place = train.parse([w for w in words if w.startswith("--")])
         assert config.model in resjax.list_models()
         assert len({value is None for value in place.values()}) == 1
+
+
+GALLERY = ROOT / "docs/gallery.md"
+
+
+def section_of(name):
+    """A figure's part of the gallery, and its table."""
+    sections = GALLERY.read_text().split("\n## ")[1:]
+    (section,) = (text for text in sections if f"(figures/{name}.png)" in text)
+    with open(ROOT / f"docs/figures/{name}.csv", newline="") as file:
+        return section, list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_the_gallery_says_what_the_tables_of_the_comparisons_have(name):
+    section, rows = section_of(name)
+    assert COMPARISONS[name].title in section and COMPARISONS[name].claim in section
+    table = {
+        report.format_spread((float(row[number]), float(row[f"{number}_std"])), digits)
+        for row in rows
+        for number, digits in (("error", 2), ("train_error", 2), ("train_loss", 3))
+    }
+    said = re.findall(r"[\d.]+ ± [\d.]+", section)
+    assert said and {text.replace("±", "+-") for text in said} <= table
+    assert all(len(row["seeds"].split()) >= 3 for row in rows)
+
+
+def test_the_gallery_says_what_the_tables_of_the_figures_have():
+    section, rows = section_of("lesion")
+    rows = [{**row, "error": float(row["error"])} for row in rows]
+    for model in dict.fromkeys(row["model"] for row in rows):
+        _, intact = lesion.by_seed(rows, model, "none", "count")
+        _, deleted = lesion.by_seed(rows, model, "delete", "block")
+        for errors in (intact[:, 0], np.median(deleted, axis=1), deleted.max(axis=1)):
+            assert figures.text(errors).replace("+-", "±") in section
+
+    section, rows = section_of("responses")
+    for model in dict.fromkeys(row["model"] for row in rows):
+        mean = np.mean([float(row["mean"]) for row in rows if row["model"] == model])
+        assert f"{model} {mean:.3f} ± " in section
+
+    section, rows = section_of("paths")
+    shares = [
+        sum(
+            100 * float(row["share"])
+            for row in rows
+            if row["seed"] == seed and 5 <= int(row["lengths"]) <= 17
+        )
+        for seed in "012"
+    ]
+    assert figures.text(shares).replace("+-", "±") + " % of the gradient" in section
+
+
+def test_the_gallery_of_the_readme_is_that_of_the_page():
+    text = README[README.index("## Gallery") : README.index("## Recipes")]
+    rows = re.findall(r"^\| `(\w+)` \|.*$", text, re.MULTILINE)
+    assert rows == [*COMPARISONS, "responses", "lesion", "paths"]
+    for name, line in zip(rows, re.findall(r"^\| `.*$", text, re.MULTILINE), strict=True):
+        section, _ = section_of(name)
+        spreads = re.findall(r"([\d.]+) ± ([\d.]+)", line)
+        assert spreads
+        for mean, std in spreads:
+            assert f"{mean} ± {std}" in section, (name, mean, std)
