@@ -284,7 +284,7 @@ COMPARISONS: dict[str, Comparison] = {
             "seed": "0,1,2,3",
         },
         fixed={"model_kwargs.width": "32", "model_kwargs.stage_sizes": "1,1,1"},
-        digits={"num_epochs": "15", "eval_every_epochs": "3"},
+        digits={"num_epochs": "10", "eval_every_epochs": "2"},
         verdict=_resnext,
     ),
     "gamma": Comparison(
@@ -296,7 +296,7 @@ COMPARISONS: dict[str, Comparison] = {
             "batch_size": "128,512",
             "seed": "0,1,2,3",
         },
-        digits={"num_epochs": "30", "eval_every_epochs": "3"},
+        digits={"num_epochs": "20", "eval_every_epochs": "2"},
         verdict=_gamma,
     ),
     "bn": Comparison(
@@ -345,7 +345,7 @@ COMPARISONS: dict[str, Comparison] = {
         title="Warmup at a large minibatch (Goyal et al. 2017, table 1)",
         claim="Goyal et al. 2017, table 1 (ResNet-50, ImageNet, minibatch 8,192): no "
         "warmup 24.84 % error, constant 25.88, gradual 23.74.",
-        vary={"warmup": "none,constant,gradual", "seed": "0,1,2,3,4,5"},
+        vary={"warmup": "none,constant,gradual", "seed": "0,1,2,3"},
         fixed={"init": "msra_fan_out_zero_gamma"},
         digits={
             "batch_size": "512",
