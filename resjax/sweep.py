@@ -373,6 +373,10 @@ class _Log:
         if segment.test:
             test = {name: float(sums[self.place]) for name, sums in segment.test.items()}
             self.evaluations.append(self._write(segment.step, "test", test, speed))
+        if segment.num_updates:
+            self._save(segment)
+
+    def _save(self, segment: Segment) -> None:
         evaluation = self.evaluations[-1] if self.evaluations else None
         state = jax.tree.map(lambda x: np.asarray(x[self.place]), segment.states)
         record = {**self.record, "evaluation": evaluation, "window": self.window}
