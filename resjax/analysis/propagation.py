@@ -6,7 +6,9 @@ way back by n^ E[w^2], n^ outputs an input; a ReLU of responses symmetric about 
 them. Zeros around the map hold nothing: with padding, theory follows a map of mean squares.
 
 Where papers end, it goes on so: at a sum, mean squares add. What a ReLU takes in is normal;
-its mean is 0 unless a rectified shortcut was added to it. A batch norm puts out its squared
+its mean is 0 unless a rectified shortcut was added to it, and on the way back it opens
+independently of the ReLU before that shortcut (they open together: without norms gradients
+grow by up to a third a block more). A batch norm puts out its squared
 scale, and divides the gradient by the variance over the batch; examples that it has
 normalised are independent of each other. With padding that is rough on the way back: behind
 many norms the prediction is several times too large, and the one without padding is nearer.

@@ -200,7 +200,10 @@ def test_theory_of_all_kinds_of_nets(case):
     ratios = found.backward / found.backward_theory
     # Batch norms take more of a gradient away than theory knows, the same at each layer.
     low = 0.7 * 0.9 ** np.arange(len(ratios))[::-1] if "batch" in case else 0.75
-    assert (low <= ratios + 1e-6).all() and (ratios < 1.35).all(), ratios
+    # Of ReLUs that a shortcut joins it knows not how they correlate.
+    blocks = len(ratios) // 2 - np.arange(len(ratios)) // 2
+    high = 1.35 * 1.1 ** (blocks * (case == "residual"))
+    assert (low <= ratios + 1e-6).all() and (ratios < high).all(), ratios
 
 
 def test_layers_are_all_that_have_kernels_and_stochastic_depth_keeps_all():
