@@ -471,7 +471,7 @@ def _styles(rows: list[Row], axis: str | None) -> list[tuple[str, dict[str, Any]
         other = others.index(tuple(values[1:]))
         place, dash = (first, 0) if by_colour else (other, first)
         style = {"color": f"C{place}", "linestyle": ("-", "--", ":")[dash % 3]}
-        styles.append((", ".join(map(str, values)), style))
+        styles.append((", ".join(map(report.format_value, values)), style))
     return styles
 
 
