@@ -32,7 +32,7 @@ def test_every_file_and_test_named_is_there(page):
     named = set(re.findall(r"\]\(([\w/.]+)\)|`([\w/]+\.(?:py|md|txt))[`:]", text))
     for path in filter(None, (a or b for a, b in named)):
         places = [ROOT / path, ROOT / "resjax" / path, ROOT / "resjax/models" / path]
-        places.append(ROOT / "resjax/data" / path)
+        places += [ROOT / "resjax/data" / path, page.parent / path]
         assert any(place.exists() for place in places), path
     for path, test in re.findall(r"`([\w/]+\.py)::(\w+)`", text):
         assert f"def {test}(" in (ROOT / path).read_text()
@@ -141,7 +141,9 @@ def test_the_gallery_says_what_the_tables_of_the_comparisons_have(name):
     section, rows = section_of(name)
     assert COMPARISONS[name].title in section and COMPARISONS[name].claim in section
     table = {
-        report.format_spread((float(row[number]), float(row[f"{number}_std"])), digits)
+        report.format_spread(
+            (float(row[number]), float(row[f"{number}_std"] or "nan")), digits
+        )
         for row in rows
         for number, digits in (("error", 2), ("train_error", 2), ("train_loss", 3))
     }
