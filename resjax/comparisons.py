@@ -440,13 +440,16 @@ def draw(rows: list[Row], comparison: Comparison | None = None) -> bytes:
     if comparison:
         figure.suptitle(comparison.title)
     panels = figure.subplots(1, 2, sharey=True)
+    lowest = min(row.spread(name)[0] for row in rows for name in ("error", "train_error"))
+    scale, ticks = "symlog", [0, 1, 2, 5, 10, 20, 50, 100]
+    if lowest > 20:
+        scale, ticks = "linear", [0, 20, 40, 60, 80, 100]
     for panel, split in zip(panels, ("training", "test"), strict=True):
         if axis:
             _draw_by_axis(panel, rows, split, axis)
         else:
             _draw_by_epoch(panel, rows, split)
-        panel.set(ylabel=f"top-1 {split} error (%)", yscale="symlog", ylim=(0, 105))
-        ticks = [0, 1, 2, 5, 10, 20, 50, 100]
+        panel.set(ylabel=f"top-1 {split} error (%)", yscale=scale, ylim=(0, 105))
         panel.set_yticks(ticks, map(str, ticks))
         panel.tick_params(labelleft=True)
         panel.grid(alpha=0.3)

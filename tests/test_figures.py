@@ -248,6 +248,7 @@ def held_out(data_dir):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_responses_of_trained_nets(drawn, held_out):
     found = drawn("responses", "mini_resnet,mini_plain", "--images=50")
     for model in ("mini_resnet", "mini_plain"):
