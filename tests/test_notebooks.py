@@ -86,6 +86,7 @@ def execute(command, digits_run, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_quickstart_runs_and_prints_what_is_committed(execute):
     cells = execute("quickstart")
     check_ran(cells)
