@@ -25,6 +25,7 @@ import numpy as np
 
 from resjax import build, build_members
 from resjax.config import ArgumentParser, Config, load_config, override, run_command
+from resjax.data.workers import num_cores
 
 DIGITS = Path(__file__).resolve().parent.parent / "configs" / "digits.py"
 SCHEMES = ("msra_fan_out", "msra_fan_in", "xavier", "msra_fan_out_zero_gamma")
@@ -70,7 +71,7 @@ def measure(which: str, words: list[str], config_file: Path) -> dict[str, Any]:
       words: overrides of the config.
       config_file: of what the members share.
     """
-    devices = os.cpu_count() if which == "sweep" else 1
+    devices = num_cores() if which == "sweep" else 1
     flags = f"--xla_force_host_platform_device_count={devices}"
     command = [sys.executable, "-m", "benchmarks.sweep"]
     done = subprocess.run(

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import resjax
-from resjax import build_data, checkpoint, comparisons, records, report, sweep
+from resjax import build_data, checkpoint, records, report, sweep
 from resjax.config import ArgumentParser, Config, UsageError
 from resjax.models.resnet import create_model
 
@@ -144,12 +144,6 @@ def text(values: Any, digits: int = 2) -> str:
     """Mean +- standard deviation of a number over seeds."""
     mean, std = spread(values)
     return report.format_spread((float(mean), float(std)), digits)
-
-
-def outcome(signs: Iterable[int]) -> str:
-    """How a verdict begins, as those of the comparisons do; without signs, so."""
-    signs = list(signs)
-    return comparisons.outcome(signs) if signs else "Not comparable with the paper: "
 
 
 def draw_band(panel: Any, x: Any, values: Any, **style: Any) -> None:

@@ -24,6 +24,7 @@ import figures
 from resjax import report
 from resjax.analysis import lesions
 from resjax.analysis.lesions import Variables
+from resjax.comparisons import outcome, sign
 from resjax.config import run_command
 
 MODELS = ("cifar_resnet56", "cifar_plain20", "cifar_plain56")
@@ -183,13 +184,13 @@ def verdict(rows: list[Row], plain: set[str], chance: float) -> str:
         else:
             rises[model] = medians - intact
             near_chance = medians.mean() > (intact.mean() + chance) / 2
-            signs.append(1 if near_chance == (model in plain) else -1)
+            signs.append(sign(near_chance == (model in plain)))
         said.append(told)
     residual, of_plain = rises.keys() - plain, rises.keys() & plain
     signs += [report.order(rises[p], rises[r]) for r in residual for p in of_plain]
     comparable = residual and of_plain
     return (
-        f"{figures.outcome(signs if comparable else [])}after one block is deleted, "
+        f"{outcome(signs if comparable else [])}after one block is deleted, "
         f"{'; '.join(said)}; chance is {chance:.0f} %."
     )
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 import figures
 from resjax import sweep
 from resjax.analysis.paths import PathGradients, central_range, gradient_by_length
+from resjax.comparisons import outcome, sign
 from resjax.config import UsageError, run_command
 
 MODELS = ("cifar_preact_resnet110",)
@@ -84,10 +85,10 @@ def verdict(measured: list[PathGradients]) -> str:
     firsts, lasts = zip(*(central_range(one.share) for one in measured), strict=True)
     means = [one.share @ one.lengths for one in measured]
     # "Almost all" of the gradient, in each seed, by few of the paths.
-    signs = [1 if share > 90 > part(probability, EFFECTIVE) else -1 for share in shares]
+    signs = [sign(share > 90 > part(probability, EFFECTIVE)) for share in shares]
     effective = f"{EFFECTIVE[0]} to {EFFECTIVE[1]}"
     return (
-        f"{figures.outcome(signs)}of {blocks} blocks, "
+        f"{outcome(signs)}of {blocks} blocks, "
         f"{part(probability, COMMON):.1f} % of the paths go through {COMMON[0]} to "
         f"{COMMON[1]} and {part(probability, EFFECTIVE):.4f} % through {effective}; paths "
         f"of {effective} bring {figures.text(shares)} % of the gradient, its central 95 % "

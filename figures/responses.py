@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 
 import figures
 from resjax import report
+from resjax.comparisons import outcome
 from resjax.config import UsageError, run_command
 from resjax.models.resnet import ResNet
 
@@ -124,7 +125,7 @@ def verdict(measured: dict[str, np.ndarray], plain: set[str]) -> str:
     signs += [report.order(means[a], means[b]) for a, b in itertools.pairwise(residual)]
     said = ", ".join(f"{model} {figures.text(each, 3)}" for model, each in means.items())
     return (
-        f"{figures.outcome(signs)}the mean over layers of the standard deviation of the "
+        f"{outcome(signs)}the mean over layers of the standard deviation of the "
         f"response is {said}."
     )
 

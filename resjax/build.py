@@ -172,6 +172,13 @@ def epochs_to_steps(config: Config, epochs: float, num_examples: int) -> int:
     return min(round(epochs * num_examples / config.batch_size), _INT32 - 1)
 
 
+def warmup_rates(config: Config) -> tuple[float, float]:
+    """The learning rates that a warmup starts from and leads to, the peak."""
+    peak = schedules.scale_learning_rate(config.lr_per_256, config.batch_size)
+    start = config.lr_per_256 if config.warmup_start_lr is None else config.warmup_start_lr
+    return start, peak
+
+
 def build_schedule(
     config: Config, num_examples: int
 ) -> tuple[schedules.Schedule, dict[str, Any]]:
@@ -187,14 +194,11 @@ def build_schedule(
             f"config.num_epochs: {config.num_epochs:g} epochs of {num_examples} examples, "
             f"in minibatches of {config.batch_size}, are more than a run can count (2**31)"
         )
-    peak = schedules.scale_learning_rate(config.lr_per_256, config.batch_size)
-
+    start, peak = warmup_rates(config)
     warmup = config.warmup
     if warmup == "goyal":
         warmup = "gradual" if config.batch_size > 256 else "none"
     warmup_steps = to_steps(config.warmup_epochs) if warmup != "none" else 0
-    start = config.lr_per_256 if config.warmup_start_lr is None else config.warmup_start_lr
-
     boundaries = [to_steps(epoch) for epoch in config.drop_epochs]
     after = {
         "step": lambda: schedules.step_decay(peak, boundaries),

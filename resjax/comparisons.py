@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from resjax import report
+from resjax import build, report
 from resjax.config import Config, UsageError, flatten, unknown_name
 from resjax.report import Row, format_spread
-from resjax.schedules import scale_learning_rate
 
 
 class Table:
@@ -55,11 +54,8 @@ class Table:
 
         0 if that is within the noise, as `report.order` has it.
         """
-        values = (
-            [getattr(result, number) for result in self.row(**fields).results]
-            for fields in (one, other)
-        )
-        return -report.order(*values)
+        a, b = (self.row(**fields).values(number) for fields in (one, other))
+        return -report.order(a, b)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +107,8 @@ def split_values(text: str) -> list[str]:
 def outcome(signs: Iterable[int]) -> str:
     """How a verdict begins; of the signs, 1 is for the claim, -1 against, 0 in noise."""
     found = set(signs)
+    if not found:
+        return "Not comparable with the paper: "
     if found == {1}:
         return "As in the paper: "
     if 1 in found:
@@ -118,7 +116,8 @@ def outcome(signs: Iterable[int]) -> str:
     return "Not as in the paper: " if -1 in found else "Within the noise: "
 
 
-def _sign(holds: bool) -> int:
+def sign(holds: bool) -> int:
+    """Of a condition that a claim has, for `outcome`."""
     return 1 if holds else -1
 
 
@@ -186,7 +185,7 @@ def _bn(table: Table) -> str:
         end = f"trains up to a rate of {largest[kind]:g}" if trained else "does not train"
         said[kind] = f"{end}, best at {best:g} ({text})"
     # A net that trains at no rate is no control.
-    signs = _sign(largest["batch"] > largest["none"]), _sign(largest["none"] > 0)
+    signs = sign(largest["batch"] > largest["none"]), sign(largest["none"] > 0)
     return (
         f"{outcome(signs)}with batch norm the net {said['batch']}, and without it "
         f"{said['none']}; to train is to come to less than {_TRAINS} % training error, "
@@ -221,7 +220,7 @@ def _minibatch(table: Table) -> str:
     above = [table.below(sizes[0], size) == 1 for size in sizes]
     flat = [*above, True].index(True)  # so many, from the smallest, are not above it
     return (
-        f"{outcome([_sign(flat >= len(sizes) / 2)])}test error by minibatch is {said}; "
+        f"{outcome([sign(flat >= len(sizes) / 2)])}test error by minibatch is {said}; "
         f"up to {sizes[flat - 1]['batch_size']} it is not above that of "
         f"{sizes[0]['batch_size']}, or within the noise."
     )
@@ -253,7 +252,7 @@ def _init(table: Table) -> str:
             f"with Xavier and {table.text('train_error', **msra)} with MSRA"
         )
     for (layers, name), begun in trains.items():
-        signs.append(_sign(begun != ((layers, name) == (30, "xavier"))))
+        signs.append(sign(begun != ((layers, name) == (30, "xavier"))))
     return f"{outcome(signs)}without batch norm, {'; '.join(said)}."
 
 
@@ -400,8 +399,7 @@ def check_config(name: str, config: Config) -> None:
             f"COMPARISON: {name} compares CIFAR nets, and config.data.image_size is "
             f"{size}; allowed: up to 64"
         )
-    peak = scale_learning_rate(config.lr_per_256, config.batch_size)
-    start = config.lr_per_256 if config.warmup_start_lr is None else config.warmup_start_lr
+    start, peak = build.warmup_rates(config)
     if name == "warmup" and peak <= start:
         raise UsageError(
             f"COMPARISON: warmup is from a learning rate of {start:g} up to the peak, "

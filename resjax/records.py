@@ -98,9 +98,7 @@ def best_step(
       steps: that have a checkpoint.
     """
     rows = [row for row in evaluations if row["step"] in steps]
-    rows = [
-        row for row in rows if row.get(metric) is not None
-    ]  # the loss is, if it diverged
+    rows = [row for row in rows if row.get(metric) is not None]  # as a diverged loss is
     if metric == "loss":
         return min(rows, key=lambda row: row["loss"])["step"] if rows else None
     return max(rows, key=lambda row: row[metric])["step"] if rows else None

@@ -79,9 +79,13 @@ class Row:
             f"{name}={format_value(value)}" for name, value in self.fields.items()
         )
 
+    def values(self, number: str) -> np.ndarray:
+        """A number of `Result`, of each run."""
+        return np.array([getattr(result, number) for result in self.results])
+
     def spread(self, number: str) -> tuple[float, float]:
         """Mean and sample standard deviation of a number of `Result` over the runs."""
-        values = np.array([getattr(result, number) for result in self.results])
+        values = self.values(number)
         std = float(values.std(ddof=1)) if len(values) > 1 else math.nan
         return float(values.mean()), std
 
@@ -161,7 +165,9 @@ def read_run(workdir: str | epath.Path) -> Result:
         weights = updates * [row["epoch"] > trained[-1]["epoch"] - 1 for row in trained]
         train_loss, train_error = (
             float(np.average(values, weights=weights))
-            for values in (list(map(_loss, trained)), list(train_curve.values()))
+            for values in zip(
+                *((_loss(row), 100 - row["top1"]) for row in trained), strict=True
+            )
         )
     except (LookupError, TypeError, ZeroDivisionError) as error:
         raise UsageError(

@@ -42,6 +42,7 @@ from resjax import config as configs
 from resjax.analysis.sweeps import Segment, train_members
 from resjax.build_members import Members
 from resjax.config import Config, RunError, UsageError
+from resjax.data.workers import num_cores
 from resjax.steps import TrainState
 
 _DIGITS = Path("configs/digits.py")
@@ -412,13 +413,6 @@ def _tell(segment: Segment, members: Members) -> None:
     )
 
 
-def _num_cores() -> int:
-    """The cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # not on a Mac
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def use_all_cores(members: list[Member]) -> None:
     """Makes a device of every core where the platform is a CPU, unless XLA_FLAGS does.
 
@@ -428,7 +422,7 @@ def use_all_cores(members: list[Member]) -> None:
     if "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
     sizes = [member.config.batch_size for member in members]
-    fitting = (n for n in range(_num_cores(), 0, -1) if math.gcd(n, *sizes) == n)
+    fitting = (n for n in range(num_cores(), 0, -1) if math.gcd(n, *sizes) == n)
     with contextlib.suppress(RuntimeError):  # jax has looked for devices already
         jax.config.update("jax_num_cpu_devices", next(fitting))
 

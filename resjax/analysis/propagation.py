@@ -8,12 +8,12 @@ them. Zeros around the map hold nothing: with padding, theory follows a map of m
 Where papers end, it goes on so: at a sum, mean squares add. What a ReLU takes in is normal;
 its mean is 0 unless a rectified shortcut was added to it, and on the way back it opens
 independently of the ReLU before that shortcut (they open together: without norms gradients
-grow by up to a third a block more). A batch norm puts out its squared
-scale, and divides the gradient by the variance over the batch; examples that it has
-normalised are independent of each other. With padding that is rough on the way back: behind
-many norms the prediction is several times too large, and the one without padding is nearer.
-Biases are 0, as at the start of training. There is no theory of the classifier's response,
-which depends on how positions correlate, nor beyond a max-pool: NaN.
+grow by up to a third a block more). A batch norm puts out its squared scale, and divides
+the gradient by the variance over the batch; examples that it has normalised are independent
+of each other. With padding that is rough on the way back: behind many norms the prediction
+is several times too large, and the one without padding is nearer. Biases are 0, as at the
+start of training. There is no theory of the classifier's response, which depends on how
+positions correlate, nor beyond a max-pool: NaN.
 
 Source: Glorot & Bengio 2010, equations 5 to 6; He et al. 2015 (arXiv:1502.01852), equations
   5 to 14; batch norm: Yang et al. 2019 (arXiv:1902.08129).
