@@ -271,7 +271,12 @@ COMPARISONS: dict[str, Comparison] = {
         "pre-activation at 110 layers, 7.61 and 4.92 % at 1,001.",
         vary={"model": "cifar_resnet110,cifar_preact_resnet110", "seed": "0,1,2,3"},
         fixed={"model_kwargs.remat": "true"},  # they are deep
-        digits={"lr_per_256": "0.08", "num_epochs": "8", "eval_every_epochs": "1"},
+        digits={
+            "batch_size": "32",  # for more updates in the time
+            "lr_per_256": "0.16",
+            "num_epochs": "18",
+            "eval_every_epochs": "2",
+        },
         verdict=_preact,
     ),
     "resnext": Comparison(

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 _FORCED = "--xla_force_host_platform_device_count"
@@ -85,6 +86,15 @@ def data_dir(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _use_data_dir(data_dir, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(data_dir))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _keep_models():
+    """Each module finds resjax's models alone; a loaded config file may add its own."""
+    from resjax.models.resnet import MODELS
+
+    with mock.patch.dict(MODELS):
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
