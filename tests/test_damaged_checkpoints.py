@@ -18,7 +18,6 @@ from resjax import checkpoint, checkpoint_writer, runs, training
 from resjax import config as configs
 from resjax.checkpoint import DamagedError
 from resjax.config import UsageError
-from resjax.models.resnet import MODELS
 
 # One worker runs all that share the undamaged run, and what test_resume.py has compiled.
 pytestmark = pytest.mark.xdist_group("resume")
@@ -271,18 +270,16 @@ def test_damage_to_all_is_one_clear_error(workdir):
 
 @pytest.fixture(scope="module")
 def config(tiny_config, data_dir):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(MODELS, "tiny", None)  # the file sets it; taken out again at the end
-        words = (
-            "--config.batch_size=320",
-            f"--config.num_epochs={NUM_STEPS * 320 / 1437}",
-            "--config.eval_every_epochs=0.6",  # after steps 3 and 5
-            "--config.dtype=float16",  # the program of test_resume.py, compiled once
-            "--config.checkpoint.every_steps=1",
-            "--config.checkpoint.keep=9",
-            f"--config.data.dir={data_dir}",  # this fixture is older than the environment
-        )
-        yield configs.override(configs.load_config(tiny_config), words)
+    words = (
+        "--config.batch_size=320",
+        f"--config.num_epochs={NUM_STEPS * 320 / 1437}",
+        "--config.eval_every_epochs=0.6",  # after steps 3 and 5
+        "--config.dtype=float16",  # the program of test_resume.py, compiled once
+        "--config.checkpoint.every_steps=1",
+        "--config.checkpoint.keep=9",
+        f"--config.data.dir={data_dir}",  # this fixture is older than the environment
+    )
+    return configs.override(configs.load_config(tiny_config), words)
 
 
 @pytest.fixture(scope="module")

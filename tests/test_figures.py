@@ -3,7 +3,6 @@
 import csv
 from functools import partial
 from types import SimpleNamespace
-from unittest import mock
 
 import flax
 import numpy as np
@@ -19,7 +18,7 @@ from resjax.analysis.paths import PathGradients, path_length_distribution
 from resjax.config import Config, UsageError, load_config
 from resjax.data import pipeline
 from resjax.models.blocks import basic
-from resjax.models.resnet import MODELS, ResNet
+from resjax.models.resnet import ResNet
 
 IMAGES = np.random.RandomState(0).randn(5, 4, 4, 3).astype(np.float32)
 NET = partial(ResNet, branch=basic, width=4, downsample=False, num_classes=10)
@@ -234,9 +233,8 @@ def drawn(command, tmp_path_factory):
         }
         return SimpleNamespace(table=table, verdict=verdict, runs=runs)
 
-    with mock.patch.dict(MODELS):  # to restore its models in this process
-        load_config(config)
-        yield draw
+    load_config(config)  # to restore its models in this process
+    return draw
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ from conftest import saved
 from resjax import build, steps, training
 from resjax import config as configs
 from resjax.config import UsageError
-from resjax.models.resnet import MODELS
 
 # One worker runs all that share `source`.
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("resume")]
@@ -20,15 +19,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("resume")]
 @pytest.fixture(scope="module")
 def tiny(tiny_config):
     """tiny(*fields) -> a config of two updates."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(MODELS, "tiny", None)  # the file sets it; taken out again at the end
 
-        def make(*fields):
-            fields = "batch_size=320", f"num_epochs={2 * 320 / 1437}", *fields
-            words = [f"--config.{field}" for field in fields]
-            return configs.override(configs.load_config(tiny_config), words)
+    def make(*fields):
+        fields = "batch_size=320", f"num_epochs={2 * 320 / 1437}", *fields
+        words = [f"--config.{field}" for field in fields]
+        return configs.override(configs.load_config(tiny_config), words)
 
-        yield make
+    return make
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,6 @@ from flax import traverse_util
 from resjax import build, training
 from resjax import config as configs
 from resjax.config import UsageError
-from resjax.models.resnet import MODELS
 
 # One worker runs all that share the uninterrupted runs.
 pytestmark = pytest.mark.xdist_group("resume")
@@ -60,15 +59,13 @@ def assert_same_run(workdir, expected, step):
 
 @pytest.fixture(scope="module")
 def config(tiny_config):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(MODELS, "tiny", None)  # the file sets it; taken out again at the end
-        words = (
-            "--config.batch_size=320",
-            f"--config.num_epochs={NUM_STEPS * 320 / 1437}",
-            "--config.eval_every_epochs=0.6",  # after steps 3 and 5
-            "--config.dtype=float16",  # its loss scale is part of the state
-        )
-        yield configs.override(configs.load_config(tiny_config), words)
+    words = (
+        "--config.batch_size=320",
+        f"--config.num_epochs={NUM_STEPS * 320 / 1437}",
+        "--config.eval_every_epochs=0.6",  # after steps 3 and 5
+        "--config.dtype=float16",  # its loss scale is part of the state
+    )
+    return configs.override(configs.load_config(tiny_config), words)
 
 
 @pytest.fixture(scope="module")

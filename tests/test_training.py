@@ -14,7 +14,6 @@ from conftest import ROOT, saved
 
 from resjax import config as configs
 from resjax import training
-from resjax.models.resnet import MODELS
 
 # One worker runs all that share `digits_run`.
 pytestmark = pytest.mark.xdist_group("runs")
@@ -167,7 +166,6 @@ def test_help_shows_an_example_and_what_can_be_set(command, script, fields):
 def tiny(tiny_config, data_dir):
     """tiny(workdir, steps, *words): trains so many of 64 in this process; its variables."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(MODELS, "tiny", None)  # the file sets it; taken out again at the end
         patch.setenv("TFDS_DATA_DIR", str(data_dir))
         config = configs.load_config(tiny_config)
 
