@@ -376,8 +376,8 @@ COMPARISONS: dict[str, Comparison] = {
             "norm.kind": "none",
         },
         digits={
-            "batch_size": "32",
-            "lr_per_256": "0.03",
+            "batch_size": "8",  # for many updates: they begin slowly
+            "lr_per_256": "0.05",
             "warmup": "none",
             "num_epochs": "20",
             "eval_every_epochs": "2",
