@@ -355,8 +355,8 @@ COMPARISONS: dict[str, Comparison] = {
             "batch_size": "512",
             "num_epochs": "40",
             "eval_every_epochs": "2",
-            "lr_per_256": "0.8",
-            "warmup_start_lr": "0.1",  # as for a minibatch of 32
+            "lr_per_256": "0.4",
+            "warmup_start_lr": "0.05",  # as for a minibatch of 64
             "warmup_epochs": "8",  # of not even three updates each
         },
         verdict=_warmup,
