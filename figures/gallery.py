@@ -31,8 +31,8 @@ in minutes on two CPU cores. The first line under a title is what the paper says
 second what was measured: mean ± standard deviation over seeds, whichever way it fell.
 Means that differ by less than two standard errors are within the noise, which of so few
 seeds one in ten exceeds by chance; one test image is 0.28 %. A claim holds in part if not
-all of its comparisons do. In its minutes a net of 110 layers, or of 22 without norms, has
-only begun to train. Each command takes `--config=configs/cifar10_resnet20.py` for whoever
+all of its comparisons do. Nets of 22 layers and more without norms are half trained in
+such minutes. Each command takes `--config=configs/cifar10_resnet20.py` for whoever
 has CIFAR-10.
 This page is written by `python -m figures.gallery`.
 """

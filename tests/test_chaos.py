@@ -9,7 +9,7 @@ import pytest
 from test_resume import assert_same_run
 
 # One worker runs all that share the two references.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("chaos")]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.xdist_group("chaos")]
 
 NUM_STEPS = 28
 FLAGS = (
