@@ -116,6 +116,17 @@ def config_of(nets: Nets) -> Config:
     return next(iter(nets.values()))[0].config
 
 
+def chance_error(num_classes: int) -> float:
+    """Top-1 error of guesses, in percent."""
+    return 100 * (1 - 1 / num_classes)
+
+
+def hardly_trained(runs: Sequence[Any]) -> bool:
+    """Whether the mean test error of restored runs is over half of that of guesses."""
+    errors = [100 - run.evaluation["top1"] for run in runs]
+    return float(np.mean(errors)) > chance_error(runs[0].config.num_classes) / 2
+
+
 def load_images(config: Config, count: int) -> tuple[jax.Array, jax.Array]:
     """The first images of the test split, less what is damaged.
 

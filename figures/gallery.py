@@ -4,7 +4,7 @@
 
 Runs `python -m resjax.sweep` for each comparison and the other scripts of this folder,
 which reuse the nets of those. What is finished is not trained again, and what a script has
-drawn is not drawn again. Over an hour on two cores.
+drawn of them is not drawn again. Over an hour on two cores.
 """
 
 import shutil
@@ -33,7 +33,7 @@ Means that differ by less than two standard errors are within the noise, which o
 seeds one in ten exceeds by chance; one test image is 0.28 %. A claim holds in part if not
 all of its comparisons do. Nets of 22 layers and more without norms are half trained in
 such minutes. Each command takes `--config=configs/cifar10_resnet20.py` for whoever
-has CIFAR-10.
+has CIFAR-10, `warmup` with `--config.batch_size=1024`.
 This page is written by `python -m figures.gallery`.
 """
 
@@ -45,6 +45,12 @@ def section(title: str, name: str, command: str, text: str) -> str:
         f"\n## {title}\n\n{claim}\n\n**{verdict}**\n\n`{command}`\n\n"
         f"![{title}](figures/{name}.png)\n"
     )
+
+
+def _is_older(text: Path) -> bool:
+    """Whether a verdict is not there, or older than one of the nets that it is of."""
+    nets = (path.stat().st_mtime for path in text.parent.glob("*/metrics.jsonl"))
+    return not text.exists() or text.stat().st_mtime < max(nets)
 
 
 def main(arguments: list[str]) -> int:
@@ -64,7 +70,7 @@ def main(arguments: list[str]) -> int:
             title, sweep = SCRIPTS[name]
             words, stem = [f"figures.{name}"], name
         runs = flags.runs / f"sweep_{sweep}"
-        if name in COMPARISONS or not (runs / f"{stem}.txt").exists():
+        if name in COMPARISONS or _is_older(runs / f"{stem}.txt"):
             done = subprocess.run([sys.executable, "-m", *words, f"--workdir={runs}"])
             if done.returncode:
                 raise RunError(f"{' '.join(words)} ended with exit code {done.returncode}")

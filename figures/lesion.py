@@ -114,7 +114,7 @@ def by_correlation(rows: list[Row], model: str) -> tuple[np.ndarray, np.ndarray,
 def draw(
     rows: list[Row],
     blocks: dict[str, list[str]],
-    widening: set[str],
+    widening: dict[str, set[str]],
     chance: float,
     title: str,
 ) -> Figure:
@@ -123,7 +123,7 @@ def draw(
     Args:
       rows: from `measure`.
       blocks: all of each model, from input to output.
-      widening: those of residual nets that change the shape.
+      widening: of each residual net, those that change the shape.
       chance: error of guesses, in percent.
       title: of the picture.
     """
@@ -136,7 +136,7 @@ def draw(
         deleted, errors = by_seed(rows, model, "delete", "block")
         places = np.array([names.index(name) + 1 for name in deleted])
         figures.draw_band(one, places, errors, **style)
-        wide = [k for k, name in enumerate(deleted) if name in widening & set(names)]
+        wide = [k for k, name in enumerate(deleted) if name in widening.get(model, ())]
         one.plot(places[wide], errors.mean(axis=0)[wide], "o", color=f"C{i}", mfc="none")
         figures.draw_band(many, *by_seed(rows, model, "delete random", "count"), **style)
         taus, errors, line = by_correlation(rows, model)
@@ -162,31 +162,40 @@ def draw(
     return figure
 
 
-def verdict(rows: list[Row], plain: set[str], chance: float) -> str:
+def verdict(rows: list[Row], widening: dict[str, set[str]], chance: float) -> str:
     """Error after one block is deleted, +- over seeds.
 
     Args:
       rows: from `measure`.
-      plain: those of the models that have no shortcuts.
+      widening: of each residual net, its blocks that change the shape; others are plain.
       chance: error of guesses, in percent.
     """
     said, rises, signs = [], dict[str, np.ndarray](), list[int]()
     for model in dict.fromkeys(row["model"] for row in rows):
         intact = by_seed(rows, model, "none", "count")[1][:, 0]
-        _, errors = by_seed(rows, model, "delete", "block")
+        deleted, errors = by_seed(rows, model, "delete", "block")
         medians, largest = np.median(errors, axis=1), errors.max(axis=1)
+        is_wide = np.array([name in widening.get(model, ()) for name in deleted])
         told = (
             f"test error of {model} goes from {figures.text(intact)} % to a median of "
             f"{figures.text(medians)} and a maximum of {figures.text(largest)} over blocks"
         )
+        if is_wide.any():
+            wide, others = (errors[:, part].mean(axis=1) for part in (is_wide, ~is_wide))
+            told += (
+                f", a mean of {figures.text(wide)} over those that change the shape and "
+                f"{figures.text(others)} over the others"
+            )
         if intact.mean() > chance / 2:
             told += " (it has hardly trained)"
         else:
             rises[model] = medians - intact
             near_chance = medians.mean() > (intact.mean() + chance) / 2
-            signs.append(sign(near_chance == (model in plain)))
+            signs.append(sign(near_chance == (model not in widening)))
+            if is_wide.any():
+                signs.append(report.order(wide, others))
         said.append(told)
-    residual, of_plain = rises.keys() - plain, rises.keys() & plain
+    residual, of_plain = rises.keys() & widening, rises.keys() - widening
     signs += [report.order(rises[p], rises[r]) for r in residual for p in of_plain]
     comparable = residual and of_plain
     return (
@@ -211,19 +220,20 @@ def main(arguments: list[str]) -> int:
     images, labels = figures.load_images(config, flags.images)
     rows = measure(nets, np.asarray(images), np.asarray(labels), flags.draws)
     firsts = {model: run for model, (run, *_) in nets.items()}
-    plain = {model for model, run in firsts.items() if run.model.shortcut == "none"}
     blocks = {m: lesions.list_blocks(run.variables) for m, run in firsts.items()}
     widening = {
-        name
-        for model in firsts.keys() - plain
-        for name in blocks[model]
-        if lesions.changes_shape(firsts[model].variables, name)
+        model: {
+            name for name in blocks[model] if lesions.changes_shape(run.variables, name)
+        }
+        for model, run in firsts.items()
+        if run.model.shortcut != "none"
     }
-    chance = 100 * (1 - 1 / config.num_classes)
+    chance = figures.chance_error(config.num_classes)
     seeds = max(map(len, nets.values()))
     title = figures.describe(config, len(labels), seeds)
     figure = draw(rows, blocks, widening, chance, title)
-    figures.save(output, "lesion", figure, rows, f"{CLAIM}\n{verdict(rows, plain, chance)}")
+    said = f"{CLAIM}\n{verdict(rows, widening, chance)}"
+    figures.save(output, "lesion", figure, rows, said)
     return 0
 
 

@@ -107,23 +107,29 @@ def draw(measured: dict[str, np.ndarray], dashes: dict[str, str], title: str) ->
     return figure
 
 
-def verdict(measured: dict[str, np.ndarray], plain: set[str]) -> str:
+def verdict(measured: dict[str, np.ndarray], plain: set[str], untrained: set[str]) -> str:
     """The mean over layers of each net, +- over seeds.
 
     Args:
       measured: [seeds, layers] by model.
       plain: those of the models that have no shortcuts.
+      untrained: those that have hardly trained, of which it says nothing.
     """
     means = {model: stds.mean(axis=1) for model, stds in measured.items()}
-    residual = sorted(measured.keys() - plain, key=lambda name: measured[name].shape[1])
+    trained = measured.keys() - untrained
+    residual = sorted(trained - plain, key=lambda name: measured[name].shape[1])
     signs = [
         report.order(means[other], means[model])
         for model in residual
-        for other in measured.keys() & plain
+        for other in trained & plain
     ]
     # Of residual nets, each deeper one against the one before it.
     signs += [report.order(means[a], means[b]) for a, b in itertools.pairwise(residual)]
-    said = ", ".join(f"{model} {figures.text(each, 3)}" for model, each in means.items())
+    said = ", ".join(
+        f"{model} {figures.text(each, 3)}"
+        + (" (it has hardly trained)" if model in untrained else "")
+        for model, each in means.items()
+    )
     return (
         f"{outcome(signs)}the mean over layers of the standard deviation of the "
         f"response is {said}."
@@ -149,7 +155,8 @@ def main(arguments: list[str]) -> int:
     dashes = {model: "--" if model in plain else "-" for model in nets}
     seeds = max(map(len, nets.values()))
     title = figures.describe(config, len(images), seeds)
-    said = f"{CLAIM}\n{verdict(measured, plain)}"
+    untrained = {model for model, runs in nets.items() if figures.hardly_trained(runs)}
+    said = f"{CLAIM}\n{verdict(measured, plain, untrained)}"
     figures.save(output, "responses", draw(measured, dashes, title), rows, said)
     return 0
 

@@ -144,15 +144,20 @@ def check_devices(config: Config, num_devices: int) -> None:
         )
 
 
-def check_model(config: Config) -> None:
-    """Raises `UsageError` if the init scheme or the images do not fit the model."""
+def check_model(config: Config, scheme: initializers.Scheme | None = None) -> None:
+    """Raises `UsageError` if the init scheme or the images do not fit the model.
+
+    Args:
+      config: of the run.
+      scheme: in place of the one that the config names.
+    """
     model = build_model(config)
     size, group = config.data.image_size, config.norm.virtual_batch_size
     shape = (group or config.batch_size, size, size, 3)
     images = jax.ShapeDtypeStruct(shape, jnp.float32)
     key = jax.random.key(0)
     variables = jax.eval_shape(model.init, key, images)
-    scheme = initializers.get_scheme(config.init)
+    scheme = scheme or initializers.get_scheme(config.init)
     try:
         jax.eval_shape(lambda: scheme(key, variables["params"]))
     except UsageError as error:

@@ -35,6 +35,7 @@ ARRAY_FIELDS = (
     "momentum",
     "weight_decay",
 )
+_SAID = ("published_error",)  # and no number depends on it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Members:
       evaluate: states -> the sums of each batch of the test split.
       num_steps: updates of each run.
       eval_steps: updates after which they are evaluated.
+      save_due: whether they are saved after an update.
       segment_ends: updates after which they are evaluated or saved.
       num_examples: of the training split.
       learning_rates: of every update, [M, num_steps] float32.
@@ -66,6 +68,7 @@ class Members:
     evaluate: Callable[[TrainState], list[steps.Sums]]
     num_steps: int
     eval_steps: frozenset[int]
+    save_due: Callable[[int], bool]
     segment_ends: frozenset[int]
     num_examples: int
     learning_rates: np.ndarray
@@ -79,15 +82,27 @@ def group(members: Sequence[Config]) -> list[list[int]]:
     """
     groups: dict[Any, list[int]] = {}
     for i, config in enumerate(members):
-        flat = configs.flatten(config)
-        apart = flat.keys() - {*ARRAY_FIELDS, "published_error"}
-        shared = tuple(flat[name] for name in sorted(apart))
-        groups.setdefault(shared, []).append(i)
+        groups.setdefault(_shared(config), []).append(i)
     result = []
     for places in groups.values():
         together = can_train_together(members[places[0]])
         result += [places] if together else [[i] for i in places]
     return result
+
+
+def _shared(config: Config) -> tuple[Any, ...]:
+    """The values of all fields that members of one program must share."""
+    flat = configs.flatten(config)
+    return tuple(flat[name] for name in sorted(flat.keys() - {*ARRAY_FIELDS, *_SAID}))
+
+
+def check(members: Sequence[Config], schemes: Mapping[str, Scheme] | None = None) -> None:
+    """Raises `UsageError` if a config does not fit its devices, model or init scheme."""
+    kinds = {(_shared(config), config.init): config for config in members}
+    for config in kinds.values():
+        together = can_train_together(config)
+        build.check_devices(config, 1 if together else jax.device_count())
+        build.check_model(config, (schemes or {}).get(config.init))
 
 
 def can_train_together(config: Config) -> bool:
@@ -116,10 +131,7 @@ def build_members(
       UsageError: naming the field that does not fit.
     """
     config, schemes = members[0], schemes or {}
-    build.check_devices(config, 1)
-    for member in members:
-        if member.init not in schemes:
-            build.check_model(member)
+    check(members, schemes)
     source = build_data.build_source(config, "train")
     each = [build.build_schedule(member, len(source)) for member in members]
     num_steps = each[0][1]["num_steps"]
@@ -148,6 +160,7 @@ def build_members(
         evaluate=_build_evaluate(config, model, mesh),
         num_steps=num_steps,
         eval_steps=eval_steps,
+        save_due=save_due,
         segment_ends=ends,
         num_examples=len(source),
         learning_rates=rates,

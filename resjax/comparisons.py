@@ -219,8 +219,9 @@ def _minibatch(table: Table) -> str:
     said = ", ".join(f"{size['batch_size']}: {table.text(**size)}" for size in sizes)
     above = [table.below(sizes[0], size) == 1 for size in sizes]
     flat = [*above, True].index(True)  # so many, from the smallest, are not above it
+    signs = [table.below(sizes[0], sizes[-1]), 1] if flat >= len(sizes) / 2 else [-1]
     return (
-        f"{outcome([sign(flat >= len(sizes) / 2)])}test error by minibatch is {said}; "
+        f"{outcome(signs)}test error by minibatch is {said}; "
         f"up to {sizes[flat - 1]['batch_size']} it is not above that of "
         f"{sizes[0]['batch_size']}, or within the noise."
     )
@@ -356,7 +357,7 @@ COMPARISONS: dict[str, Comparison] = {
             "num_epochs": "40",
             "eval_every_epochs": "2",
             "lr_per_256": "0.4",
-            "warmup_start_lr": "0.05",  # as for a minibatch of 64
+            "warmup_start_lr": "0.05",  # as for a minibatch of 32
             "warmup_epochs": "8",  # of not even three updates each
         },
         verdict=_warmup,

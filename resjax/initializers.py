@@ -86,7 +86,7 @@ def delta_orthogonal(gain: float) -> Initializer:
     Args:
       gain: the singular values of the centre tap; sqrt(2) makes up for a ReLU.
 
-    Source: Xiao et al. 2018 (arXiv:1806.05393), algorithm 1.
+    Source: Xiao et al. 2018 (arXiv:1806.05393), algorithm 2.
     Differs: the paper has C_in <= C_out, where the rows are orthonormal and a linear layer
       keeps the norm of every pixel; with more inputs than outputs, as where a bottleneck
       narrows, the columns are. For groups see `orthogonal`.

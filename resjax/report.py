@@ -39,7 +39,8 @@ class Result:
       config: of the run.
       error: top-1 error, the median of the last epochs, in percent.
       num_evaluations: that the median is of.
-      train_loss: mean over the last epoch, in nats; not finite if the run diverged.
+      train_loss: mean over the last epoch, in nats, as finely as `config.log_every_steps`
+        tells; not finite if the run diverged.
       train_error: likewise, top-1 in percent.
       test_loss: of the last evaluation, as `train_loss`.
       curve: {epoch: top-1 test error in percent} of every evaluation.
@@ -160,9 +161,10 @@ def read_run(workdir: str | epath.Path) -> Result:
         trained = [row for row in rows if row["split"] == "train"]
         train_curve = {row["epoch"]: 100 - row["top1"] for row in trained}
         test_loss = _loss(tests[-1])
-        # The records of the last epoch, each as long as it is.
-        updates = np.diff([0, *(row["step"] for row in trained)])
-        weights = updates * [row["epoch"] > trained[-1]["epoch"] - 1 for row in trained]
+        # The records of the last epoch, by the updates of each that lie in it.
+        ends = np.array([0, *(row["step"] for row in trained)])
+        start = ends[-1] * (1 - 1 / max(trained[-1]["epoch"], 1))
+        weights = np.diff(ends.clip(min=start))
         train_loss, train_error = (
             float(np.average(values, weights=weights))
             for values in zip(

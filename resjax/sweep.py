@@ -126,13 +126,13 @@ def plan(
     given = {word.removeprefix("--config.").partition("=")[0] for word in words}
     if name is not None:
         comparison = comparisons.get_comparison(name)
-        vary = parse_vary([f"{k}={v}" for k, v in comparison.vary.items()]) | vary
         own = comparison.fixed | ({} if config_file else comparison.digits)
         base = configs.override(base, [f"--config.{k}={v}" for k, v in own.items()])
-        for field in sorted(given & comparison.fixed.keys()):
+        for field in sorted((given | vary.keys()) & comparison.fixed.keys()):
             raise UsageError(
-                f"--config.{field}: it is {comparison.fixed[field]} in {name}; leave it out"
+                f"config.{field}: it is {comparison.fixed[field]} in {name}; leave it out"
             )
+        vary = parse_vary([f"{k}={v}" for k, v in comparison.vary.items()]) | vary
     if not vary:
         raise UsageError("--vary: missing; write --vary FIELD=VALUE,... or a COMPARISON")
     for field in sorted(given & vary.keys()):
@@ -175,6 +175,7 @@ def _train_all(members: list[Member], stop: signals.StopSignals) -> int:
     todo = [member for member in members if not _is_finished(member)]
     if len(todo) < len(members):
         records.say(f"{len(members) - len(todo)} of {len(members)} runs are finished")
+    build_members.check([member.config for member in todo])
     groups = _groups(todo)
     for i, own in enumerate(groups):
         names = " ... ".join(dict.fromkeys(m.workdir.name for m in (own[0], own[-1])))
@@ -229,20 +230,15 @@ def _is_finished(member: Member) -> bool:
 def _train_group(group: list[Member], stop: signals.StopSignals) -> int:
     """Trains runs at once that stand at the same update."""
     members = build_members.build_members([member.config for member in group])
-    starts = [_start(member) for member in group]
     with contextlib.ExitStack() as stack:
-        for member in group:
-            training.make_workdir(member.workdir)
-            stack.enter_context(records.lock(member.workdir))
-            training.write_config(member.workdir, member.config)
-        for member, start in zip(group, starts, strict=True):
-            training.put_aside(member.workdir, start.damaged)
+        starts = _open_workdirs(group, members, stack)
         states, start_step = _first_states(members, starts), starts[0].step
         logs = [
             _Log(
                 member,
                 members,
                 place,
+                start_step,
                 stack.enter_context(records.open_metrics(member.workdir, start_step)),
                 training.stored_window(member.config, starts[place].latest),
             )
@@ -253,19 +249,27 @@ def _train_group(group: list[Member], stop: signals.StopSignals) -> int:
             f"{members.configs[0].model} on {members.configs[0].data.name}, {origin}, "
             f"{members.num_steps:,} steps of {members.configs[0].batch_size}; compiling ..."
         )
-        for segment in train_members(
-            members,
-            states,
-            start_step,
-            starts[0].is_evaluated,
-            should_stop=lambda: bool(stop.received),
-        ):
-            stop.has_news = True  # a signal waits until all is written
-            for log in logs:
-                log.write_segment(segment)
-            if segment.test:
-                _tell(segment, members)
-            stop.has_news = False
+
+        def should_stop(step: int) -> bool:
+            stop.has_news |= step > start_step
+            return bool(stop.received)
+
+        segment: Segment | None = None
+        try:
+            segments = train_members(
+                members, states, start_step, starts[0].is_evaluated, should_stop
+            )
+            for segment in segments:
+                stop.has_news = True
+                for log in logs:
+                    log.write_segment(segment)
+                if segment.test:
+                    _tell(segment, members)
+                _save([log for log in logs if log.save_due(segment.step)], segment)
+            if stop.received and segment:
+                _save([log for log in logs if log.saved_step < segment.step], segment)
+        except OSError as error:  # a full disk
+            raise training.failure(error, group[0].workdir) from error
         if stop.received:
             stop.tell(stop.received[0])
             return 128 + stop.received[0]
@@ -304,6 +308,30 @@ def _start(member: Member) -> _Start:
     return _Start(step, latest, damaged, is_evaluated=step == 0 or step in losses)
 
 
+def _open_workdirs(
+    group: list[Member], members: Members, stack: contextlib.ExitStack
+) -> list[_Start]:
+    """Where runs go on, all at one update; their workdirs are this process's alone."""
+    steps = [checkpoint.list_steps(member.workdir) for member in group]
+    starts = [_start(member) for member in group]
+    for start, record in zip(starts, members.records, strict=True):
+        if start.latest:
+            build.check_data(record, start.latest.record)
+    for member in group:
+        training.make_workdir(member.workdir)
+        stack.enter_context(records.lock(member.workdir))
+    now = [checkpoint.list_steps(member.workdir) for member in group]
+    if now != steps or len({(start.step, start.is_evaluated) for start in starts}) > 1:
+        raise UsageError(
+            f"--workdir: another run has just written in {group[0].workdir.parent}; the "
+            "same command goes on there"
+        )
+    for member, start in zip(group, starts, strict=True):
+        training.write_config(member.workdir, member.config)
+        training.put_aside(member.workdir, start.damaged)
+    return starts
+
+
 def _first_states(members: Members, starts: list[_Start]) -> TrainState:
     """The states of runs at the same update; NaN of those that have diverged."""
     states = members.init_states()
@@ -338,6 +366,7 @@ class _Log:
         member: Member,
         members: Members,
         place: int,
+        start_step: int,
         write: Callable[[records.Record], None],
         window: dict[str, float],
     ):
@@ -345,13 +374,9 @@ class _Log:
         self.evaluations = records.read_evaluations(workdir)
         metric = config.checkpoint.best_metric
         best_step = functools.partial(records.best_step, self.evaluations, metric)
-        self.keep = build.build_keep(config, best_step)
-        self.workdir, self.record, self.place = (
-            member.workdir,
-            members.records[place],
-            place,
-        )
-        self.num_steps, self.window = members.num_steps, window
+        self.keep, self.best_step = build.build_keep(config, best_step), best_step
+        self.workdir, self.place, self.members = member.workdir, place, members
+        self.saved_step, self.window = start_step, window
         self.log = hooks.TrainLog(
             write=write,
             every=config.log_every_steps,
@@ -361,32 +386,38 @@ class _Log:
         )
 
     def write_segment(self, segment: Segment) -> None:
-        """Writes the records of the updates and the evaluation, and a checkpoint."""
+        """Writes the records of the updates and of the evaluation."""
         train = {name: sums[self.place] for name, sums in segment.train.items()}
         speed = segment.num_updates * self.log.images_per_step / segment.seconds
         for i in range(segment.num_updates):
             step = segment.step - segment.num_updates + i + 1
             sums = {name: float(values[i]) for name, values in train.items()}
             self.window = metrics.add_up([self.window, sums] if self.window else [sums])
-            if step % self.log.every == 0 or step == self.num_steps:
+            if step % self.log.every == 0 or step == self.members.num_steps:
                 self._write(step, "train", self.window, speed)
                 self.window = {}
         if segment.test:
             test = {name: float(sums[self.place]) for name, sums in segment.test.items()}
             self.evaluations.append(self._write(segment.step, "test", test, speed))
-        if segment.num_updates:
-            self._save(segment)
 
-    def _save(self, segment: Segment) -> None:
+    def save_due(self, step: int) -> bool:
+        """Whether a checkpoint is written after an update: as `train.py` has it."""
+        best = self.best_step(self.members.eval_steps)
+        return step > self.saved_step and (self.members.save_due(step) or step == best)
+
+    def save(self, step: int, states: TrainState) -> None:
+        """Writes a checkpoint, of `states` of all members; none of a run that diverged."""
         evaluation = self.evaluations[-1] if self.evaluations else None
-        state = jax.tree.map(lambda x: np.asarray(x[self.place]), segment.states)
-        record = {**self.record, "evaluation": evaluation, "window": self.window}
-        # Of a run that diverged, nothing is saved.
+        state = jax.tree.map(lambda x: x[self.place], states)
+        record = {
+            **self.members.records[self.place],
+            "evaluation": evaluation,
+            "window": self.window,
+        }
         opened = checkpoint_writer.open_writer(self.workdir, self.keep)
         with contextlib.suppress(FloatingPointError), opened as writer:
-            checkpoint_writer.save(
-                writer, segment.step, state.variables, state.optimizer, record
-            )
+            checkpoint_writer.save(writer, step, state.variables, state.optimizer, record)
+        self.saved_step = step
 
     def _write(
         self, step: int, split: str, sums: dict[str, float], speed: float
@@ -396,6 +427,14 @@ class _Log:
             record["loss"] = None
         self.log.write(record)
         return record
+
+
+def _save(logs: list[_Log], segment: Segment) -> None:
+    """Writes checkpoints of some members."""
+    if logs:
+        states = jax.device_get(segment.states)
+        for log in logs:
+            log.save(segment.step, states)
 
 
 def _tell(segment: Segment, members: Members) -> None:
@@ -414,10 +453,11 @@ def _tell(segment: Segment, members: Members) -> None:
 
 
 def use_all_cores(members: list[Member]) -> None:
-    """Makes a device of every core where the platform is a CPU, unless XLA_FLAGS does.
+    """Makes a device of each core where the platform is a CPU, unless XLA_FLAGS does.
 
-    To be called before jax has looked for devices. Members do not wait for each other, so
-    one a core is faster than all cores for one.
+    Of as many as every minibatch can be divided by, for runs that are trained alone. To be
+    called before jax has looked for devices. Members do not wait for each other, so one a
+    core is faster than all cores for one.
     """
     if "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
@@ -462,7 +502,10 @@ def main(args: list[str]) -> int:
         "comparison", metavar="COMPARISON", nargs="?", help="a row of the table below"
     )
     parser.add_argument(
-        "--config", metavar="FILE", type=Path, help="what the runs share (default: digits)"
+        "--config",
+        metavar="FILE",
+        type=Path,
+        help="what the runs share (default: the digits, as COMPARISON has them)",
     )
     parser.add_argument(
         "--vary",

@@ -115,23 +115,28 @@ def lesion_rows(model, intact, deleted):
     "residual, plain, said",
     [
         ([5, 6, 50], [80, 90, 85], "As"),
+        ([50, 6, 5], [80, 90, 85], "In part as"),  # where the shape does not change
         ([70, 80, 60], [10, 20, 11], "Not as"),
     ],
 )
-def test_the_lesions_verdict_compares_medians(residual, plain, said):
+def test_the_lesions_verdict_compares_medians_and_blocks_that_change_the_shape(
+    residual, plain, said
+):
     rows = lesion_rows("deep", 4, residual) + lesion_rows("flat", 10, plain)
-    verdict = lesion.verdict(rows, {"flat"}, chance=90)
+    verdict = lesion.verdict(rows, {"deep": {"block2"}}, chance=90)
     assert verdict.startswith(f"{said} in the paper: ")
     medians, largest = sorted(residual)[1] + 1, max(residual) + 1
     assert (
         f"deep goes from 5.00 +- 1.41 % to a median of {medians:.2f} +- 1.41 and a maximum "
-        f"of {largest:.2f} +- 1.41 over blocks"
+        f"of {largest:.2f} +- 1.41 over blocks, a mean of {residual[2] + 1:.2f} +- 1.41 "
+        "over those that change the shape and "
+        f"{(residual[0] + residual[1]) / 2 + 1:.2f} +- 1.41 over the others"
     ) in verdict
 
 
 def test_the_lesions_verdict_leaves_out_plain_nets_that_did_not_train():
     rows = lesion_rows("deep", 4, [5, 6]) + lesion_rows("flat", 88, [90, 90])
-    verdict = lesion.verdict(rows, {"flat"}, chance=90)
+    verdict = lesion.verdict(rows, {"deep": set()}, chance=90)
     assert verdict.startswith("Not comparable with the paper: ")
     assert "over blocks (it has hardly trained)" in verdict
 
@@ -145,9 +150,22 @@ def test_the_responses_verdict_wants_smaller_and_shrinking_responses(deep, said)
         "res3": np.array([[0.5, 1.0, 1.5], [0.6, 1.1, 1.6]]),
         "res5": np.full((2, 5), deep),
     }
-    verdict = responses.verdict(measured, {"plain"})
+    verdict = responses.verdict(measured, {"plain"}, set())
     assert verdict.startswith(f"{said} in the paper: ")
     assert "plain 2.000 +- 0.000, res3 1.050 +- 0.071" in verdict
+
+
+def test_the_responses_verdict_leaves_out_nets_that_did_not_train():
+    measured = {
+        "plain": np.full((2, 3), 2.0),
+        "plain5": np.full((2, 5), 0.1),
+        "res3": np.ones((2, 3)),
+    }
+    verdict = responses.verdict(measured, {"plain", "plain5"}, {"plain5"})
+    assert verdict.startswith("As in the paper: ")
+    assert "plain5 0.100 +- 0.000 (it has hardly trained), res3" in verdict
+    verdict = responses.verdict(measured, {"plain", "plain5"}, {"plain", "plain5"})
+    assert verdict.startswith("Not comparable with the paper: ")
 
 
 @pytest.mark.parametrize("length, said", [(10, "As"), (27, "Not as")])
@@ -290,7 +308,7 @@ def test_lesions_of_trained_nets(drawn, held_out):
 @pytest.mark.slow
 @pytest.mark.long
 def test_paths_of_trained_nets(drawn):
-    found = drawn("paths", "mini_preact", "--samples=4", "--config.model_kwargs.remat=true")
+    found = drawn("paths", "mini_preact", "--samples=4")
     assert len(found.table) == 2 * 4  # lengths 0 to 3
     for seed in "01":
         rows = [row for row in found.table if row["seed"] == seed]

@@ -125,7 +125,9 @@ def test_the_init_ablation_finds_what_theory_says(execute):
     assert abs(float(scales["msra_fan_in"]) - 1) < 0.1
     assert abs(float(scales["xavier"]) - 0.5) < 0.05
     reached = r"(\w+) +forward (\S+) after 29 convolutions, theory (\S+)"
-    for name, measured, theory in re.findall(reached, printed(cells["signal"])):
+    found = re.findall(reached, printed(cells["signal"]))
+    assert [name for name, *_ in found] == ["xavier", "msra_fan_in", "padded_msra"]
+    for name, measured, theory in found:
         assert 0.1 < float(measured) / float(theory) < 10, name
     assert "4 members, 22 updates each" in printed(cells["sweep"])
 

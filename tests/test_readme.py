@@ -13,7 +13,7 @@ from conftest import ROOT
 
 import figures
 import resjax
-from figures import lesion
+from figures import gallery, lesion
 from resjax import config as configs
 from resjax import report, sweep
 from resjax.comparisons import COMPARISONS
@@ -126,6 +126,7 @@ def test_the_training_commands_parse():
 
 
 GALLERY = ROOT / "docs/gallery.md"
+HOLDS = {"As": "yes", "In part as": "in part", "Not as": "no", "Within the noise": "noise"}
 
 
 def section_of(name):
@@ -178,12 +179,18 @@ def test_the_gallery_says_what_the_tables_of_the_figures_have():
     assert figures.text(shares).replace("+-", "±") + " % of the gradient" in section
 
 
+def test_the_gallery_begins_as_its_script_has_it():
+    assert GALLERY.read_text().startswith(gallery.HEAD)
+
+
 def test_the_gallery_of_the_readme_is_that_of_the_page():
     text = README[README.index("## Gallery") : README.index("## Recipes")]
     rows = re.findall(r"^\| `(\w+)` \|.*$", text, re.MULTILINE)
     assert rows == [*COMPARISONS, "responses", "lesion", "paths"]
     for name, line in zip(rows, re.findall(r"^\| `.*$", text, re.MULTILINE), strict=True):
         section, _ = section_of(name)
+        outcome = re.search(r"\*\*(.+?)( in the paper)?: ", section)[1]
+        assert line.endswith(f" | {HOLDS[outcome]} |"), name
         spreads = re.findall(r"([\d.]+) ± ([\d.]+)", line)
         assert spreads
         for mean, std in spreads:

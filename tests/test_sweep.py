@@ -12,8 +12,8 @@ import pytest
 from conftest import ROOT, saved
 
 import resjax
-from resjax import sweep, training
-from resjax.config import UsageError
+from resjax import build, checkpoint, sweep, training
+from resjax.config import Config, RunError, UsageError
 
 # One worker runs all that share `swept`.
 pytestmark = pytest.mark.xdist_group("sweep")
@@ -176,6 +176,16 @@ def test_runs_that_diverge_are_a_row_of_the_table_and_stop_nobody(swept, capsys,
             ["config.seed", "varies", "--vary seed="],
         ),
         (["bn", "--config.init=xavier"], ["config.init", "msra_fan_in in bn"]),
+        (["bn", "--vary", "init=xavier"], ["config.init", "msra_fan_in in bn"]),
+        # The last of them, before the first is trained.
+        (["--vary", "model=cifar_resnet20,resnet51"], ["model", "'resnet51'"]),
+        (
+            [
+                "--vary=model=cifar_resnet20,cifar_plain20",
+                "--config.init=msra_fan_out_zero_gamma",
+            ],
+            ["config.init=msra_fan_out_zero_gamma", "cifar_plain20"],
+        ),
         (["depth", "--config=configs/imagenet_resnet50.py"], ["depth", "224", "64"]),
         (["--vary", "seed=0", "--vary", "seed=1"], ["seed=1", "twice"]),
         (["--vary", "seed=0,-1"], ["config.seed", "-1"]),
@@ -197,6 +207,64 @@ def test_a_mistake_is_one_line(flags, parts, tmp_path, monkeypatch):
     assert all(part in str(error.value) for part in parts), str(error.value)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.fixture
+def half_done(swept, tmp_path):
+    """Flags of the sweep in a copy of its folder, without the last checkpoints."""
+    folder, (config, _, *flags) = swept
+    for workdir in shutil.copytree(folder, tmp_path / "copy").glob("*/"):
+        shutil.rmtree(workdir / "checkpoints" / str(checkpoint.list_steps(workdir)[-1]))
+    return [config, f"--workdir={tmp_path / 'copy'}", *flags]
+
+
+def test_a_sweep_does_not_go_on_with_other_data(half_done, monkeypatch):
+    build_record = build.build_record
+
+    def one_less(config, derived, class_names):
+        return build_record(config, {**derived, "num_examples": 1436}, class_names)
+
+    monkeypatch.setattr(build, "build_record", one_less)
+    with pytest.raises(UsageError, match=r"1,436 training examples.* trained on 1,437"):
+        sweep.main(half_done)
+
+
+def test_a_sweep_does_not_go_on_where_another_has_just_written(half_done, monkeypatch):
+    make_workdir = training.make_workdir
+
+    def beside_another(workdir):
+        steps = workdir / "checkpoints"
+        last = checkpoint.list_steps(workdir)[-1]
+        shutil.copytree(steps / str(last), steps / str(last + 1))
+        make_workdir(workdir)
+
+    monkeypatch.setattr(training, "make_workdir", beside_another)
+    with pytest.raises(UsageError, match="another run has just written"):
+        sweep.main(half_done)
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_a_sweep_in_one_line(half_done, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sweep.checkpoint_writer, "save", full)
+    with pytest.raises(RunError, match=r"No space left on device; the checkpoint of step"):
+        sweep.main(half_done)
+
+
+@pytest.mark.parametrize(
+    "sizes, cores, devices", [([128], 6, 4), ([8, 128], 12, 8), ([96], 6, 6), ([5], 2, 1)]
+)
+def test_a_core_is_a_device_if_every_minibatch_can_be_divided(
+    sizes, cores, devices, monkeypatch, tmp_path
+):
+    monkeypatch.delenv("XLA_FLAGS")
+    monkeypatch.setattr(sweep, "num_cores", lambda: cores)
+    found = {}
+    monkeypatch.setattr(sweep.jax.config, "update", found.__setitem__)
+    sweep.use_all_cores([sweep.Member(tmp_path, Config(batch_size=n)) for n in sizes])
+    assert found == {"jax_num_cpu_devices": devices}
 
 
 def test_a_workdir_of_another_config_is_left_alone(swept):
@@ -235,7 +303,7 @@ def test_a_sweep_that_is_stopped_saves_and_goes_on_bitwise_with_more_seeds(
         for workdir in stopped.glob("*/")
     }
     (step,) = steps
-    assert 269 < step < 539
+    assert 269 < step < 539 and step != 400  # where nothing else would have saved
     done = command("-m", "resjax.sweep", *last, more, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "4 at once: init=xavier,seed=0 ... init=msra_fan_out,seed=1" in done.stdout

@@ -33,7 +33,7 @@ class PathGradients(NamedTuple):
       lengths: blocks whose branch a path goes through, 0 to n.
       probability: the fraction of all paths that have this length.
       mean: norm of the gradient along one path of this length, over paths and images.
-      std: of that norm between paths, each averaged over the images.
+      std: of that norm between the paths that were drawn, each averaged over the images.
       share: of the length in the whole gradient: probability * mean, normalised to 1.
     """
 

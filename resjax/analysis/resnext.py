@@ -17,6 +17,7 @@ from resjax.models.norm import BatchNorm
 from resjax.models.ops import conv
 
 Variables = dict[str, Any]
+_INNER = ("conv1", "norm1", "conv2", "norm2")  # what each path has a part of
 
 
 def split_transform_add(
@@ -72,9 +73,14 @@ def _paths(
 ) -> list[jax.Array]:
     """What each path makes of the input up to its 3x3, [B, H, W, inner / groups]."""
     paths = []
+    # Kernels, scales, biases and statistics all have their channels last.
+    inner = {
+        collection: {name: leaves for name, leaves in tree.items() if name in _INNER}
+        for collection, tree in variables.items()
+    }
+    parts = jax.tree.map(lambda x: x.reshape(*x.shape[:-1], groups, -1), inner)
     for i in range(groups):
-        # Kernels, scales, biases and statistics all have their channels last.
-        own = jax.tree.map(lambda leaf, i=i: jnp.split(leaf, groups, -1)[i], variables)
+        own = jax.tree.map(lambda x, i=i: x[..., i, :], parts)
         y = conv(x, own["params"]["conv1"]["kernel"])
         y = nn.relu(_norm(own, "norm1", y, train))
         y = conv(y, own["params"]["conv2"]["kernel"], strides)

@@ -97,6 +97,8 @@ def sweep(
     fields = [dict(zip(names, values, strict=True)) for values in combined]
     if not fields:
         raise UsageError(f"vary: {dict(vary)!r} leaves no member")
+    if batch_seed is not None and not 0 <= batch_seed < 2**32:
+        raise UsageError(f"batch_seed: {batch_seed} is not from 0 to 2**32 - 1")
     flat = configs.flatten(config)
     all_configs = [configs.validate(configs.unflatten({**flat, **own})) for own in fields]
     if not build_members.can_train_together(config):
@@ -135,7 +137,7 @@ def train_members(
     states: TrainState,
     start_step: int = 0,
     is_evaluated: bool = True,
-    should_stop: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[int], bool] = lambda step: False,
 ) -> Iterator[Segment]:
     """Trains from an update to the end, or until it is to stop.
 
@@ -146,7 +148,7 @@ def train_members(
       states: of the members after `start_step` updates, on the devices; given away.
       start_step: updates that are done.
       is_evaluated: whether an evaluation that is due after them is done, too.
-      should_stop: asked before each dispatch.
+      should_stop: asked before each dispatch, with the updates done.
     """
     count, step = len(members.configs), start_step
     images = count * members.configs[0].batch_size
@@ -158,7 +160,7 @@ def train_members(
         for end in ends:
             began, first = time.perf_counter(), step
             sums, in_flight = list[Any](), deque[Any]()
-            while step < end and not should_stop():
+            while step < end and not should_stop(step):
                 states, each = members.train_step(states, step)
                 sums += each
                 step += len(each)

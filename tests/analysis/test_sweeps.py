@@ -162,6 +162,17 @@ def test_segments_end_at_evaluations_checkpoints_and_where_they_are_to_stop():
     assert train(start_step=8, is_evaluated=False) == [(8, 0, 0, True)]
 
 
+def test_a_batch_seed_out_of_range_is_named():
+    with pytest.raises(UsageError, match="batch_seed: -1 is not from 0"):
+        sweep(small(), {"seed": [0]}, batch_seed=-1)
+
+
+def test_images_too_small_for_a_net_are_named_with_a_scheme_of_ones_own():
+    config = small(data=DataConfig(image_size=1), batch_size=1)
+    with pytest.raises(UsageError, match=r"config.data.image_size: 1 is too small"):
+        sweep(config, {"init": ["mine"]}, {"mine": get_scheme("xavier")})
+
+
 @pytest.mark.parametrize(
     "fields, vary, parts",
     [
