@@ -138,8 +138,7 @@ def test_segments_end_at_evaluations_checkpoints_and_where_they_are_to_stop():
     config = dataclasses.replace(config, eval_every_epochs=4 * 64 / 1437)
     members = build_members.build_members([config])
 
-    def train(start_step=0, is_evaluated=True, calls=99):
-        left = iter([False] * calls)
+    def train(start_step=0, is_evaluated=True, stop_at=99):
         states = members.init_states()
         return [
             (
@@ -149,14 +148,14 @@ def test_segments_end_at_evaluations_checkpoints_and_where_they_are_to_stop():
                 bool(s.test),
             )
             for s in train_members(
-                members, states, start_step, is_evaluated, lambda: next(left, True)
+                members, states, start_step, is_evaluated, lambda step: step >= stop_at
             )
         ]
 
     ends = [(3, 3, 3, False), (4, 1, 1, True), (6, 2, 2, False), (8, 2, 2, True)]
     assert train() == ends
-    assert train(calls=5) == [*ends[:2], (5, 1, 1, False)]
-    assert train(calls=4) == ends[:2]  # nothing is done after the last
+    assert train(stop_at=5) == [*ends[:2], (5, 1, 1, False)]
+    assert train(stop_at=4) == ends[:2]  # nothing is done after the last
     assert train(start_step=4) == ends[2:]
     assert train(start_step=4, is_evaluated=False) == [(4, 0, 0, True), *ends[2:]]
     assert train(start_step=8, is_evaluated=False) == [(8, 0, 0, True)]
