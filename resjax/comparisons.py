@@ -382,6 +382,7 @@ COMPARISONS: dict[str, Comparison] = {
             "warmup": "none",
             "num_epochs": "20",
             "eval_every_epochs": "2",
+            "log_every_steps": "90",  # twice an epoch
         },
         verdict=_init,
     ),
