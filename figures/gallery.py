@@ -7,6 +7,7 @@ which reuse the nets of those. What is finished is not trained again, and what a
 drawn of them is not drawn again. Over an hour on two cores.
 """
 
+import math
 import shutil
 import subprocess
 import sys
@@ -50,7 +51,7 @@ def section(title: str, name: str, command: str, text: str) -> str:
 def _is_older(text: Path) -> bool:
     """Whether a verdict is not there, or older than one of the nets that it is of."""
     nets = (path.stat().st_mtime for path in text.parent.glob("*/metrics.jsonl"))
-    return not text.exists() or text.stat().st_mtime < max(nets)
+    return not text.exists() or text.stat().st_mtime < max(nets, default=math.inf)
 
 
 def main(arguments: list[str]) -> int:

@@ -180,19 +180,20 @@ def verdict(rows: list[Row], widening: dict[str, set[str]], chance: float) -> st
             f"test error of {model} goes from {figures.text(intact)} % to a median of "
             f"{figures.text(medians)} and a maximum of {figures.text(largest)} over blocks"
         )
-        if is_wide.any():
+        has_both = 0 < is_wide.sum() < len(is_wide)
+        if has_both:
             wide, others = (errors[:, part].mean(axis=1) for part in (is_wide, ~is_wide))
             told += (
                 f", a mean of {figures.text(wide)} over those that change the shape and "
                 f"{figures.text(others)} over the others"
             )
-        if intact.mean() > chance / 2:
+        if figures.hardly_trained(intact, chance):
             told += " (it has hardly trained)"
         else:
             rises[model] = medians - intact
             near_chance = medians.mean() > (intact.mean() + chance) / 2
             signs.append(sign(near_chance == (model not in widening)))
-            if is_wide.any():
+            if has_both:
                 signs.append(report.order(wide, others))
         said.append(told)
     residual, of_plain = rises.keys() & widening, rises.keys() - widening

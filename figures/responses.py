@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 
 import figures
 from resjax import report
+from resjax.analysis.lesions import make_top1_error
 from resjax.comparisons import outcome
 from resjax.config import UsageError, run_command
 from resjax.models.resnet import ResNet
@@ -113,7 +114,7 @@ def verdict(measured: dict[str, np.ndarray], plain: set[str], untrained: set[str
     Args:
       measured: [seeds, layers] by model.
       plain: those of the models that have no shortcuts.
-      untrained: those that have hardly trained, of which it says nothing.
+      untrained: those that have hardly trained, which are told, and not judged.
     """
     means = {model: stds.mean(axis=1) for model, stds in measured.items()}
     trained = measured.keys() - untrained
@@ -142,11 +143,15 @@ def main(arguments: list[str]) -> int:
     flags, words = parser.parse_known_args(arguments)
     nets, output = figures.trained_nets(flags, words, "depth", MODELS, preactivation=False)
     config = figures.config_of(nets)
-    images, _ = figures.load_images(config, flags.images)
-    rows, measured = [], {}
+    images, labels = figures.load_images(config, flags.images)
+    chance = figures.chance_error(config.num_classes)
+    rows, measured, untrained = [], {}, set()
     for model, runs in nets.items():
         each = [response_stds(run.model, run.variables, images) for run in runs]
         measured[model] = np.array([list(stds.values()) for stds in each])
+        top1_error = make_top1_error(runs[0].model, np.asarray(images), np.asarray(labels))
+        if figures.hardly_trained([top1_error(run.variables) for run in runs], chance):
+            untrained.add(model)
         means, deviations = figures.spread(measured[model])
         for i, path in enumerate(each[0]):
             row = {"model": model, "layer": i + 1, "path": path}
@@ -155,7 +160,6 @@ def main(arguments: list[str]) -> int:
     dashes = {model: "--" if model in plain else "-" for model in nets}
     seeds = max(map(len, nets.values()))
     title = figures.describe(config, len(images), seeds)
-    untrained = {model for model, runs in nets.items() if figures.hardly_trained(runs)}
     said = f"{CLAIM}\n{verdict(measured, plain, untrained)}"
     figures.save(output, "responses", draw(measured, dashes, title), rows, said)
     return 0

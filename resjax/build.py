@@ -144,12 +144,12 @@ def check_devices(config: Config, num_devices: int) -> None:
         )
 
 
-def check_model(config: Config, scheme: initializers.Scheme | None = None) -> None:
+def check_model(config: Config, own_scheme: bool = False) -> None:
     """Raises `UsageError` if the init scheme or the images do not fit the model.
 
     Args:
       config: of the run.
-      scheme: in place of the one that the config names.
+      own_scheme: the init scheme is a function of the user's, and not looked at.
     """
     model = build_model(config)
     size, group = config.data.image_size, config.norm.virtual_batch_size
@@ -157,9 +157,10 @@ def check_model(config: Config, scheme: initializers.Scheme | None = None) -> No
     images = jax.ShapeDtypeStruct(shape, jnp.float32)
     key = jax.random.key(0)
     variables = jax.eval_shape(model.init, key, images)
-    scheme = scheme or initializers.get_scheme(config.init)
     try:
-        jax.eval_shape(lambda: scheme(key, variables["params"]))
+        if not own_scheme:
+            scheme = initializers.get_scheme(config.init)
+            jax.eval_shape(lambda: scheme(key, variables["params"]))
     except UsageError as error:
         raise UsageError(f"config.init={config.init}, {config.model}: {error}") from error
     apply = partial(model.apply, train=True, update_stats=False, rngs={"dropout": key})

@@ -97,12 +97,21 @@ def _shared(config: Config) -> tuple[Any, ...]:
 
 
 def check(members: Sequence[Config], schemes: Mapping[str, Scheme] | None = None) -> None:
-    """Raises `UsageError` if a config does not fit its devices, model or init scheme."""
-    kinds = {(_shared(config), config.init): config for config in members}
-    for config in kinds.values():
+    """Raises `UsageError` for the first config that cannot be trained, naming the field.
+
+    Args:
+      members: validated; what they share is looked at once.
+      schemes: init schemes of the user's own by name.
+    """
+    for config in {_shared(config): config for config in members}.values():
         together = can_train_together(config)
         build.check_devices(config, 1 if together else jax.device_count())
-        build.check_model(config, (schemes or {}).get(config.init))
+        num_examples = len(build_data.build_source(config, "train"))
+        _, derived = build.build_schedule(config, num_examples)
+        build.build_eval_steps(config, num_examples, derived["num_steps"])
+    kinds = {(_shared(config), config.init): config for config in members}
+    for config in kinds.values():
+        build.check_model(config, own_scheme=config.init in (schemes or {}))
 
 
 def can_train_together(config: Config) -> bool:
@@ -121,17 +130,13 @@ def build_members(
     """The runs of configs that differ in `ARRAY_FIELDS` alone.
 
     Args:
-      members: validated, at least one.
+      members: at least one, all of them fit to be trained, as `check` finds out.
       schemes: init schemes by the names that the configs call them, beside those of
         `initializers.SCHEMES`.
       batch_seed: of the order, augmentation and dropped branches of all; None: of each
         its own.
-
-    Raises:
-      UsageError: naming the field that does not fit.
     """
     config, schemes = members[0], schemes or {}
-    check(members, schemes)
     source = build_data.build_source(config, "train")
     each = [build.build_schedule(member, len(source)) for member in members]
     num_steps = each[0][1]["num_steps"]

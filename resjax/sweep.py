@@ -182,11 +182,18 @@ def _train_all(members: list[Member], stop: signals.StopSignals) -> int:
         records.say(f"part {i + 1} of {len(groups)}, {len(own)} at once: {names}")
         stop.tell, stop.has_news = tell, False
         if build_members.can_train_together(own[0].config):
-            code = _train_group(own, stop)
-        else:
-            code = _train_alone(own[0], stop)
-        if code:
+            try:
+                _train_group(own, stop)
+            except OSError as error:  # a full disk
+                raise RunError(
+                    f"training stopped: {' '.join(str(error).split())}; the same command "
+                    f"goes on from what is saved in {folder}"
+                ) from error
+        elif code := _train_alone(own[0], stop):
             return code
+        if stop.received:
+            tell(stop.received[0])
+            return 128 + stop.received[0]
     return 0
 
 
@@ -227,8 +234,8 @@ def _is_finished(member: Member) -> bool:
         return False
 
 
-def _train_group(group: list[Member], stop: signals.StopSignals) -> int:
-    """Trains runs at once that stand at the same update."""
+def _train_group(group: list[Member], stop: signals.StopSignals) -> None:
+    """Trains runs at once that stand at the same update, to the end or until a signal."""
     members = build_members.build_members([member.config for member in group])
     with contextlib.ExitStack() as stack:
         starts = _open_workdirs(group, members, stack)
@@ -255,28 +262,23 @@ def _train_group(group: list[Member], stop: signals.StopSignals) -> int:
             return bool(stop.received)
 
         segment: Segment | None = None
-        try:
-            segments = train_members(
-                members, states, start_step, starts[0].is_evaluated, should_stop
-            )
-            for segment in segments:
-                stop.has_news = True
-                for log in logs:
-                    log.write_segment(segment)
-                if segment.test:
-                    _tell(segment, members)
-                _save([log for log in logs if log.save_due(segment.step)], segment)
-            if stop.received and segment:
-                _save([log for log in logs if log.saved_step < segment.step], segment)
-        except OSError as error:  # a full disk
-            raise training.failure(error, group[0].workdir) from error
+        for segment in train_members(
+            members, states, start_step, starts[0].is_evaluated, should_stop
+        ):
+            stop.has_news = True  # a signal waits until all is written
+            for log in logs:
+                log.write_segment(segment)
+            if segment.test:
+                _tell(segment, members)
+            _save([log for log in logs if log.save_due(segment.step)], segment)
+            stop.has_news = segment.step > start_step
+        if stop.received and segment:
+            _save([log for log in logs if log.saved_step < segment.step], segment)
         if stop.received:
-            stop.tell(stop.received[0])
-            return 128 + stop.received[0]
+            return
     for member in group:
         title = f"{member.config.model} on {member.config.data.name}"
         records.plot_curves(member.workdir, title)
-    return 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -103,7 +103,7 @@ def _train(config: Config, workdir: epath.Path, stop: signals.StopSignals) -> bo
         except UsageError:  # of the data: the same one line as before the run
             raise
         except (FloatingPointError, OSError, ValueError) as error:
-            raise failure(error, workdir) from error
+            raise _failure(error, workdir) from error
 
 
 def check_workdir(
@@ -478,7 +478,7 @@ def report_wait(percent: float, data_name: str) -> None:
         )
 
 
-def failure(error: Exception, workdir: epath.Path) -> RunError:
+def _failure(error: Exception, workdir: epath.Path) -> RunError:
     """Why training stopped and what is kept, in one line."""
     kept = checkpoint.list_steps(workdir)[-1:]
     what = f"the checkpoint of step {kept[0]} is kept" if kept else "nothing was saved yet"

@@ -61,4 +61,13 @@ def test_the_number_of_devices_changes_no_number(monkeypatch):
 def test_a_minibatch_that_its_device_cannot_split_is_refused():
     config = dataclasses.replace(DIGITS, microbatch=48)
     with pytest.raises(UsageError, match=r"config\.microbatch: 48"):
-        build_members.build_members([config])
+        build_members.check([config])
+
+
+def test_each_config_is_checked_and_not_only_the_first():
+    often = dataclasses.replace(DIGITS, eval_every_epochs=0.01)
+    with pytest.raises(UsageError, match=r"config\.eval_every_epochs: 0\.01"):
+        build_members.check([DIGITS, often])
+    closed = {"model": "cifar_plain20", "init": "msra_fan_out_zero_gamma"}
+    with pytest.raises(UsageError, match="cifar_plain20"):
+        build_members.check([DIGITS, dataclasses.replace(DIGITS, **closed)])

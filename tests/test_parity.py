@@ -87,6 +87,7 @@ def test_gradients_and_statistics_are_pytorchs(name):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", parity.CURVES)
 def test_loss_curve_is_pytorchs(name):
     classes = parity.CURVE["num_classes"]

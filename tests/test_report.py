@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT
+from etils import epath
 
 from resjax import config as configs
 from resjax import report
@@ -273,3 +274,32 @@ def test_the_command_prints_the_table_of_a_run(command, write_run, tmp_path):
     done = command("-m", "resjax.report", tmp_path / "run", cwd=ROOT)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[1].split()[2:5] == ["1", "1.50", "1"]
+
+
+@pytest.mark.parametrize(
+    "num_epochs, losses, mean",
+    [
+        (2.0, {4: 1.0, 12: 2.0, 20: 3.0}, 0.2 * 2 + 0.8 * 3),  # updates 11 to 20
+        (2.0, {20: 3.0}, 3.0),
+        (0.5, {2: 1.0, 5: 2.0}, (2 * 1 + 3 * 2) / 5),
+    ],
+)
+def test_training_numbers_are_those_of_the_updates_of_the_last_epoch(
+    num_epochs, losses, mean, tmp_path
+):
+    config = Config(num_epochs=num_epochs, eval_every_epochs=num_epochs)
+    rows = [
+        {
+            "step": step,
+            "epoch": step / 10,
+            "split": "train",
+            "loss": loss,
+            "top1": 100 - loss,
+        }
+        for step, loss in losses.items()
+    ]
+    rows.append({**rows[-1], "split": "test"})
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    run = report.read_run(epath.Path(tmp_path))
+    assert run.train_loss == pytest.approx(mean) == run.train_error

@@ -36,7 +36,9 @@ def swept(tiny_config, tmp_path_factory, data_dir):
         "--vary=config.seed=0,1",
         "--config.num_epochs=0.2",
         "--config.model_kwargs.stage_sizes=1,1",
-        "--config.eval_every_epochs=0.1",
+        "--config.eval_every_epochs=0.05",
+        "--config.checkpoint.every_steps=8",
+        "--config.checkpoint.keep=99",
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TFDS_DATA_DIR", str(data_dir))
@@ -52,7 +54,11 @@ def test_a_member_is_the_run_that_train_makes_of_its_config(swept, tmp_path):
     (member,) = members
     assert member.workdir == folder / "init=xavier,seed=1"
     assert training.train(member.config, tmp_path) == 0
+    steps = checkpoint.list_steps(member.workdir)
+    assert steps == checkpoint.list_steps(tmp_path)
     ours, own = read_metrics(member.workdir), read_metrics(tmp_path)
+    evaluated = {row["step"] for row in ours if row["split"] == "test"}
+    assert {8, 16} < set(steps) and not evaluated < set(steps)  # those that were the best
     assert [(row["step"], row["split"]) for row in ours] == [
         (row["step"], row["split"]) for row in own
     ]
@@ -249,7 +255,7 @@ def test_a_full_disk_ends_a_sweep_in_one_line(half_done, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(sweep.checkpoint_writer, "save", full)
-    with pytest.raises(RunError, match=r"No space left on device; the checkpoint of step"):
+    with pytest.raises(RunError, match="No space left on device; the same command"):
         sweep.main(half_done)
 
 
@@ -284,7 +290,8 @@ def test_a_sweep_that_is_stopped_saves_and_goes_on_bitwise_with_more_seeds(
         flags[2],
         "--config.num_epochs=6",
         "--config.eval_every_epochs=3",
-        "--config.checkpoint.every_steps=400",
+        "--config.checkpoint.every_steps=500",
+        "--config.checkpoint.keep=9",
     ]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     first, more = "--vary=seed=0,1", "--vary=seed=0,1,2"
@@ -303,7 +310,7 @@ def test_a_sweep_that_is_stopped_saves_and_goes_on_bitwise_with_more_seeds(
         for workdir in stopped.glob("*/")
     }
     (step,) = steps
-    assert 269 < step < 539 and step != 400  # where nothing else would have saved
+    assert 269 < step < 500  # where nothing else would have saved
     done = command("-m", "resjax.sweep", *last, more, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "4 at once: init=xavier,seed=0 ... init=msra_fan_out,seed=1" in done.stdout
@@ -315,7 +322,8 @@ def test_a_sweep_that_is_stopped_saves_and_goes_on_bitwise_with_more_seeds(
             for rows in (read_metrics(workdir), read_metrics(other))
         )
         assert rows == again
-        for step in (400, max(row["step"] for row in rows)):
+        assert checkpoint.list_steps(workdir) == [269, 500, 539]  # 269 was the best, once
+        for step in (500, max(row["step"] for row in rows)):
             for item in ("variables", "optimizer"):
                 a, b = saved(workdir, step, item), saved(other, step, item)
                 assert all((a[name] == b[name]).all() for name in a)

@@ -106,6 +106,7 @@ def sweep(
             "config: its runs cannot be trained at once: that needs data that the devices "
             "hold (config.data.on_device), no config.init_from and no float16"
         )
+    build_members.check(all_configs, schemes)
     members = build_members.build_members(all_configs, schemes, batch_seed)
     segments = list(train_members(members, members.init_states()))
     evaluated = [segment for segment in segments if segment.test]
