@@ -145,6 +145,7 @@ def test_while_it_evaluates(spawn, command, flags, faulty, long_run, tmp_path):
     assert [r["step"] for r in rows if r["split"] == "train"] == list(range(1, 201))
 
 
+@pytest.mark.long
 def test_while_it_evaluates_for_the_last_time(
     spawn, flags, command, faulty, long_run, tmp_path
 ):

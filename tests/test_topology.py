@@ -210,6 +210,7 @@ def test_two_hosts_evaluate_each_example_once(digits_run, command, two_hosts, tm
     assert result.items() <= expected.items()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_hosts_stop_together_when_one_is_told_to(stopped, small, two_hosts, tmp_path):
     workdir = tmp_path / "small"
