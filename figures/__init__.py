@@ -143,25 +143,10 @@ def load_images(config: Config, count: int) -> tuple[jax.Array, jax.Array]:
     return prepare(batch)[kept], jnp.asarray(batch["label"][kept])
 
 
-def spread(values: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and sample standard deviation over the first axis, seeds; NaN for one seed."""
-    values = np.asarray(values, np.float64)
-    lone = np.full(values.shape[1:], np.nan)
-    return values.mean(axis=0), values.std(axis=0, ddof=1) if len(values) > 1 else lone
-
-
 def text(values: Any, digits: int = 2) -> str:
     """Mean +- standard deviation of a number over seeds."""
-    mean, std = spread(values)
+    mean, std = report.spread(values)
     return report.format_spread((float(mean), float(std)), digits)
-
-
-def draw_band(panel: Any, x: Any, values: Any, **style: Any) -> None:
-    """A line of the mean over the first axis, seeds, in a band of one deviation."""
-    mean, std = spread(values)
-    (line,) = panel.plot(x, mean, **style)
-    if len(values) > 1:
-        panel.fill_between(x, mean - std, mean + std, color=line.get_color(), alpha=0.2)
 
 
 def describe(config: Config, images: int, seeds: int) -> str:

@@ -135,10 +135,10 @@ def draw(
         intact = by_seed(rows, model, "none", "count")[1].mean()
         deleted, errors = by_seed(rows, model, "delete", "block")
         places = np.array([names.index(name) + 1 for name in deleted])
-        figures.draw_band(one, places, errors, **style)
+        report.draw_band(one, places, errors, **style)
         wide = [k for k, name in enumerate(deleted) if name in widening.get(model, ())]
         one.plot(places[wide], errors.mean(axis=0)[wide], "o", color=f"C{i}", mfc="none")
-        figures.draw_band(many, *by_seed(rows, model, "delete random", "count"), **style)
+        report.draw_band(many, *by_seed(rows, model, "delete random", "count"), **style)
         taus, errors, line = by_correlation(rows, model)
         swapped.scatter(taus, errors, color=f"C{i}", s=8, alpha=0.3, linewidths=0)
         swapped.plot(*line, **style)

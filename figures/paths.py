@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import figures
-from resjax import sweep
+from resjax import report, sweep
 from resjax.analysis.paths import PathGradients, central_range, gradient_by_length
 from resjax.comparisons import outcome, sign
 from resjax.config import UsageError, run_command
@@ -52,14 +52,14 @@ def draw(measured: list[PathGradients], title: str) -> Figure:
     left.set_ylabel("share of all paths (%)")
     norms = np.array([one.mean for one in measured])
     logs = np.log10(np.where(norms > 0, norms, np.nan))
-    mean, std = figures.spread(logs)
+    mean, std = report.spread(logs)
     middle.plot(lengths, 10**mean, color="C1")
     if len(measured) > 1:
         middle.fill_between(lengths, 10 ** (mean - std), 10 ** (mean + std), alpha=0.2)
         middle.collections[-1].set_color("C1")
     middle.set(ylabel="norm of the gradient at the image, one path", yscale="log")
     shares = 100 * np.array([one.share for one in measured])
-    figures.draw_band(right, lengths, shares, color="C2", label="measured")
+    report.draw_band(right, lengths, shares, color="C2", label="measured")
     right.axvspan(
         EFFECTIVE[0] - 0.5,
         EFFECTIVE[1] + 0.5,

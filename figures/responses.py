@@ -95,9 +95,9 @@ def draw(measured: dict[str, np.ndarray], dashes: dict[str, str], title: str) ->
     for model, stds in measured.items():
         layers = np.arange(1, stds.shape[1] + 1)
         style = {"label": model, "linestyle": dashes[model], "marker": ".", "markersize": 4}
-        figures.draw_band(panels[0], layers, stds, **style)
+        report.draw_band(panels[0], layers, stds, **style)
         by_size = -np.sort(-stds, axis=1)
-        figures.draw_band(panels[1], layers, by_size, **style)
+        report.draw_band(panels[1], layers, by_size, **style)
     panels[0].set_xlabel("layer, from input to output")
     panels[1].set_xlabel("layer, by magnitude, each seed on its own")
     for panel in panels:
@@ -152,7 +152,7 @@ def main(arguments: list[str]) -> int:
         top1_error = make_top1_error(runs[0].model, np.asarray(images), np.asarray(labels))
         if figures.hardly_trained([top1_error(run.variables) for run in runs], chance):
             untrained.add(model)
-        means, deviations = figures.spread(measured[model])
+        means, deviations = report.spread(measured[model])
         for i, path in enumerate(each[0]):
             row = {"model": model, "layer": i + 1, "path": path}
             rows.append({**row, "mean": means[i], "std": deviations[i]})

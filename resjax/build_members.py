@@ -35,7 +35,6 @@ ARRAY_FIELDS = (
     "momentum",
     "weight_decay",
 )
-_SAID = ("published_error",)  # and no number depends on it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +92,8 @@ def group(members: Sequence[Config]) -> list[list[int]]:
 def _shared(config: Config) -> tuple[Any, ...]:
     """The values of all fields that members of one program must share."""
     flat = configs.flatten(config)
-    return tuple(flat[name] for name in sorted(flat.keys() - {*ARRAY_FIELDS, *_SAID}))
+    apart = flat.keys() - {*ARRAY_FIELDS, "published_error"}
+    return tuple(flat[name] for name in sorted(apart))
 
 
 def check(members: Sequence[Config], schemes: Mapping[str, Scheme] | None = None) -> None:

@@ -10,8 +10,6 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import numpy as np
-
 from resjax import build, report
 from resjax.config import Config, UsageError, flatten, unknown_name
 from resjax.report import Row, format_spread
@@ -486,14 +484,7 @@ def _styles(rows: list[Row], axis: str | None) -> list[tuple[str, dict[str, Any]
 def _draw_by_epoch(panel: Any, rows: list[Row], split: str) -> None:
     for row, (label, style) in zip(rows, _styles(rows, None), strict=True):
         curves = [r.train_curve if split == "training" else r.curve for r in row.results]
-        epochs = sorted(set.intersection(*map(set, curves)))
-        errors = np.array([[curve[epoch] for epoch in epochs] for curve in curves])
-        mean = errors.mean(axis=0)
-        panel.plot(epochs, mean, label=label, **style)
-        if len(curves) > 1:
-            std = errors.std(axis=0, ddof=1)
-            band = np.clip(mean - std, 0, None), mean + std
-            panel.fill_between(epochs, *band, color=style["color"], alpha=0.15)
+        report.draw_band(panel, *report.align(curves), label=label, **style)
     panel.set_xlabel("epoch")
 
 

@@ -86,9 +86,8 @@ class Row:
 
     def spread(self, number: str) -> tuple[float, float]:
         """Mean and sample standard deviation of a number of `Result` over the runs."""
-        values = self.values(number)
-        std = float(values.std(ddof=1)) if len(values) > 1 else math.nan
-        return float(values.mean()), std
+        mean, std = spread(self.values(number))
+        return float(mean), float(std)
 
 
 def summarize(workdirs: Iterable[str | epath.Path]) -> list[Row]:
@@ -305,6 +304,27 @@ def format_csv(rows: list[Row]) -> str:
     return file.getvalue()
 
 
+def spread(values: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and sample standard deviation over the first axis, runs; NaN for one run."""
+    values = np.asarray(values, np.float64)
+    lone = np.full(values.shape[1:], np.nan)
+    return values.mean(axis=0), values.std(axis=0, ddof=1) if len(values) > 1 else lone
+
+
+def align(curves: Sequence[dict[float, float]]) -> tuple[list[float], np.ndarray]:
+    """The epochs that all curves have, [E] sorted, and their values there, [runs, E]."""
+    epochs = sorted(set.intersection(*map(set, curves)))
+    return epochs, np.array([[curve[epoch] for epoch in epochs] for curve in curves])
+
+
+def draw_band(panel: Any, x: Any, values: Any, **style: Any) -> None:
+    """A line of the mean over the first axis, runs, in a band of one deviation."""
+    mean, std = spread(values)
+    (line,) = panel.plot(x, mean, **style)
+    if len(values) > 1:
+        panel.fill_between(x, mean - std, mean + std, color=line.get_color(), alpha=0.2)
+
+
 def draw_curves(rows: list[Row], suffix: str = "png") -> bytes:
     """A picture of test error by epoch: the mean of each row, one std above and below.
 
@@ -321,13 +341,7 @@ def draw_curves(rows: list[Row], suffix: str = "png") -> bytes:
     panel = figure.subplots()
     for row in rows:
         curves = [result.curve for result in row.results]
-        epochs = sorted(set.intersection(*map(set, curves)))
-        errors = np.array([[curve[epoch] for epoch in epochs] for curve in curves])
-        mean = errors.mean(axis=0)
-        (line,) = panel.plot(epochs, mean, marker=".", label=row.name)
-        if len(curves) > 1:
-            std, color = errors.std(axis=0, ddof=1), line.get_color()
-            panel.fill_between(epochs, mean - std, mean + std, color=color, alpha=0.25)
+        draw_band(panel, *align(curves), marker=".", label=row.name)
     panel.set(xlabel="epoch", ylabel="top-1 test error (%)", yscale="symlog", ylim=(0, 100))
     ticks = [0, 1, 2, 5, 10, 20, 50, 100]
     panel.set_yticks(ticks, map(str, ticks))

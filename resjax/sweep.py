@@ -272,9 +272,9 @@ def _train_group(group: list[Member], stop: signals.StopSignals) -> None:
                 _tell(segment, members)
             _save([log for log in logs if log.save_due(segment.step)], segment)
             stop.has_news = segment.step > start_step
-        if stop.received and segment:
-            _save([log for log in logs if log.saved_step < segment.step], segment)
         if stop.received:
+            if segment:
+                _save([log for log in logs if log.saved_step < segment.step], segment)
             return
     for member in group:
         title = f"{member.config.model} on {member.config.data.name}"
