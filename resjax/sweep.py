@@ -30,6 +30,7 @@ from resjax import (
     build_members,
     checkpoint,
     checkpoint_writer,
+    comparison_pictures,
     comparisons,
     hooks,
     metrics,
@@ -481,7 +482,7 @@ def compare(members: list[Member], name: str | None, folder: epath.Path) -> None
     comparison = comparisons.get_comparison(name) if name else None
     (folder / "compare.txt").unlink(missing_ok=True)
     (folder / "compare.csv").write_text(report.format_csv(rows))
-    (folder / "compare.png").write_bytes(comparisons.draw(rows, comparison))
+    (folder / "compare.png").write_bytes(comparison_pictures.draw(rows, comparison))
     if missing:
         records.warn(f"{missing} of {len(members)} runs are not finished, or diverged")
     elif comparison and (why := comparison.why_no_verdict(rows)):

@@ -1,4 +1,4 @@
-"""The table of comparisons: configs that build, verdicts of made-up numbers, pictures."""
+"""The table of comparisons: configs that build, verdicts of made-up numbers."""
 
 import dataclasses
 
@@ -183,15 +183,6 @@ def test_one_seed_and_diverged_runs_tell_no_order():
     assert report.order([1.0, 1.0], [0.9, 0.9]) == 1
 
 
-@pytest.mark.parametrize("name", ["minibatch", "bn"])
-def test_a_picture_of_one_value_of_the_axis_is_by_epoch(name):
-    rows = made_up(name, lambda config: 10)
-    axis = COMPARISONS[name].axis
-    first = rows[0].fields[axis]
-    rows = [row for row in rows if row.fields.pop(axis) == first]
-    assert comparisons.draw(rows, COMPARISONS[name]).startswith(b"\x89PNG")
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_what_a_comparison_is_about_holds_on_any_config(name):
     imagenet = {
@@ -220,13 +211,6 @@ def test_mean_and_deviation_of_a_verdict_are_those_of_the_runs():
     table = comparisons.Table(made_up("shortcuts", lambda c: 10.0))
     assert table.text(model_kwargs__shortcut="A") == "10.00 +- 0.58 %"
     assert table.mean("train_loss", model_kwargs__shortcut="C") == pytest.approx(1.0)
-
-
-@pytest.mark.parametrize("name", ["depth", "minibatch", "bn"])
-def test_pictures_are_drawn_with_or_without_an_axis(name):
-    rows = made_up(name, lambda config: 10 + config.batch_size)
-    assert comparisons.draw(rows, COMPARISONS[name]).startswith(b"\x89PNG")
-    assert comparisons.draw(rows).startswith(b"\x89PNG")
 
 
 def test_help_lists_every_comparison():

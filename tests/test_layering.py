@@ -10,6 +10,7 @@ from conftest import ROOT
 # From the top to the bottom; a module may import only what stands below it.
 ORDER = [
     "sweep",
+    "comparison_pictures",
     "comparisons",
     "analysis.sweeps",
     "build_members",
