@@ -32,6 +32,11 @@ def main(args: list[str]) -> int:
         "--batch_size", type=int, metavar="N", help="any number (default: as in training)"
     )
     parser.add_argument("--data_dir", metavar="DIR", help="where the data set is")
+    parser.add_argument(
+        "--fold_batch_norm",
+        action="store_true",
+        help="fold batch norm into the convolutions: the same numbers to rounding",
+    )
     configs.add_cluster_flags(parser)
     flags = parser.parse_args(args)
     if flags.batch_size is not None and flags.batch_size < 1:

@@ -6,6 +6,7 @@
 
 from resjax.initializers import init
 from resjax.models.counting import count_macs, count_params
+from resjax.models.fold import fold_batch_norm
 from resjax.models.norm import BatchNorm
 from resjax.models.resnet import create_model, list_models
 from resjax.runs import restore
@@ -16,6 +17,7 @@ __all__ = [
     "count_macs",
     "count_params",
     "create_model",
+    "fold_batch_norm",
     "from_torch",
     "init",
     "list_models",

@@ -18,6 +18,7 @@ from resjax import build, build_data, checkpoint, loop, parallel, records
 from resjax import config as configs
 from resjax.checkpoint import Checkpoint
 from resjax.config import Config, UsageError
+from resjax.models import fold
 
 
 def evaluate(
@@ -26,6 +27,7 @@ def evaluate(
     split: str = "test",
     batch_size: int | None = None,
     data_dir: str | None = None,
+    fold_batch_norm: bool = False,
 ) -> dict[str, Any]:
     """Evaluates a checkpoint on a whole split, each example once.
 
@@ -35,13 +37,15 @@ def evaluate(
       split: "train" or "test".
       batch_size: examples at a time; None = that of the training.
       data_dir: where the data is; None = as in the training.
+      fold_batch_norm: evaluate the net of `resjax.fold_batch_norm`, the same to rounding.
 
     Returns:
       {"top1", "top5" (percent), "loss" (nats), "num_examples", "step", "split", "model",
-      "data"}, also written to `eval_<split>_<step>.json` if the workdir can be written.
+      "data"}, and "fold_batch_norm" where that was asked for; also written to
+      `eval_<split>_<step>.json` if the workdir can be written.
 
     Raises:
-      UsageError: no such checkpoint, split or data.
+      UsageError: no such checkpoint, split or data; no batch norm to fold.
     """
     workdir = checkpoint.to_path(workdir)
     found = _read(workdir, step)
@@ -57,14 +61,18 @@ def evaluate(
         )
     data = dataclasses.replace(config.data, dir=data_dir or config.data.dir)
     config = dataclasses.replace(config, data=data)
+    model = build.build_model(config)
+    variables = _variables(found, model)
+    if fold_batch_norm:
+        model, variables = fold.fold_batch_norm(model, variables)
     eval_step, batches = build.build_evaluation(
         config,
         split,
         batch_size or config.batch_size,
         class_names=found.record["class_names"],
+        model=model,
     )
-    variables = parallel.replicate(_variables(found, build.build_model(config)))
-    means = loop.evaluate(eval_step, variables, batches())
+    means = loop.evaluate(eval_step, parallel.replicate(variables), batches())
     assert means
     result = {
         **{name: means[name] for name in ("top1", "top5", "loss", "num_examples")},
@@ -72,6 +80,7 @@ def evaluate(
         "split": split,
         "model": config.model,
         "data": config.data.name,
+        **({"fold_batch_norm": True} if fold_batch_norm else {}),
     }
     with contextlib.suppress(OSError):  # a run may be kept where nobody can write
         run = workdir.parent.parent if checkpoint.is_checkpoint(workdir) else workdir

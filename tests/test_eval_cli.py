@@ -7,6 +7,9 @@ import sys
 
 import pytest
 from conftest import ROOT
+from flax import linen as nn
+
+from resjax.models.fold import FoldedNorm
 
 # One worker runs all that share `digits_run`.
 pytestmark = pytest.mark.xdist_group("runs")
@@ -98,6 +101,24 @@ def test_the_training_split_has_the_other_examples(evaluate_here, by_ones):
     assert result["num_examples"] == 1797 - 360
     assert result["top1"] * 14.37 == pytest.approx(round(result["top1"] * 14.37))
     assert result["loss"] != by_ones["loss"]
+
+
+def test_folding_batch_norm_changes_nothing_but_rounding_and_says_so(
+    evaluate_here, by_ones, workdir
+):
+    called = set()
+
+    def note(call, args, kwargs, context):
+        called.add(type(context.module))
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        result = evaluate_here("--fold_batch_norm")
+    assert FoldedNorm in called
+    assert json.loads((workdir / "eval_test_22.json").read_text()) == result
+    assert result.pop("fold_batch_norm") is True
+    assert_same(result, by_ones)
+    assert "fold_batch_norm" not in evaluate_here()
 
 
 def test_the_data_may_have_moved(evaluate_here, by_ones, data_dir, tmp_path, monkeypatch):

@@ -35,6 +35,7 @@ ORDER = [
     "signals",
     "weights",
     "models.counting",
+    "models.fold",
     "models.resnet",
     "models.blocks",
     "models.norm",
@@ -107,6 +108,7 @@ def test_exported_names():
         "count_macs",
         "count_params",
         "create_model",
+        "fold_batch_norm",
         "init",
         "list_models",
     ]
