@@ -40,6 +40,7 @@ ORDER = [
     "models.blocks",
     "models.norm",
     "models.ops",
+    "models.lowerings",
     "data.__main__",
     "data.shrink",
     "data.describe",

@@ -93,7 +93,9 @@ class BatchNorm(nn.Module):
                 for running, batch in ((running_mean, mean), (running_var, unbiased)):
                     batch = batch.reshape(-1, *channels).mean(axis=0)  # [C]
                     running.value = self.decay * running.value + (1 - self.decay) * batch
-        y = (parts - mean) * (lax.rsqrt(var + self.epsilon) * scale) + bias
+        origin = lax.stop_gradient(mean)
+        factor = lax.rsqrt(var + self.epsilon) * scale
+        y = (parts - origin) * factor + (bias - (mean - origin) * factor)
         return y.reshape(x.shape).astype(x.dtype)
 
     def _moments(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, int]:
@@ -114,7 +116,8 @@ class BatchNorm(nn.Module):
         x = x.reshape(-1, part, *x.shape[1:])
         axes = tuple(range(1, x.ndim - 1))
         mean = x.mean(axes, keepdims=True)
-        var = jnp.square(x - mean).mean(axes, keepdims=True)
+        origin = lax.stop_gradient(mean)
+        var = jnp.square(x - origin).mean(axes, keepdims=True) - jnp.square(mean - origin)
         if size > part:
             mean, var = self._join(mean, var, size // part, devices)
         return x, mean, var, size * math.prod(x.shape[2:-1])

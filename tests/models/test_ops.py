@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from resjax.models.ops import Conv, conv, conv_as_products, max_pool
+from resjax.models.lowerings import conv_as_products
+from resjax.models.ops import Conv, conv, max_pool
 
 
 def windows(x, size, strides, fill):
