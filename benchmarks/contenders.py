@@ -165,7 +165,7 @@ def load_flax_example(folder: Path) -> tuple[Any, Any]:
 
 
 def train_flax_example(spec: dict[str, Any]) -> Steps:
-    """flax's ImageNet example: its model, step and optimizer, images normalised before."""
+    """The ImageNet example of flax: its model, step and optimizer, images normalised before."""
     import jax
 
     if spec["model"] not in ("resnet18", "resnet50", "resnet101"):
@@ -277,7 +277,7 @@ def _torch_setup(spec: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def train_torch(spec: dict[str, Any]) -> Steps:
-    """torchvision's net under PyTorch, channels last, autocast below float32."""
+    """The net of torchvision under PyTorch, channels last, autocast below float32."""
     torch, net, images, labels, cast, finish, facts = _torch_setup(spec)
     optimizer = torch.optim.SGD(
         net.parameters(), RATE, MOMENTUM, weight_decay=DECAY, nesterov=True

@@ -1,17 +1,15 @@
 """Forms of convolution and max pooling that a platform runs faster than XLA's own.
 
-A form changes speed, never a number: `plain_conv` and `plain_max_pool` say what is computed.
-It is chosen when a program is traced, by platform and shape, and has derivatives in both
-directions and of any order. What each is worth: `python -m benchmarks.lowerings`.
+A form changes speed, never a number: `plain_conv` and `plain_max_pool` say what is
+computed. It is chosen when a program is traced, by platform and shape, and has derivatives
+in both directions and of any order.
 
-XLA:CPU of jaxlib 0.10 takes up to a hundred times as long as need be for the gradients of
-kernels, longer than need be for 1x1, grouped and strided convolutions, and most of all for
-any of them inside a loop. Here stand in their place
+XLA:CPU of jaxlib 0.10 takes up to a hundred times as long as need be for gradients of
+kernels, and longer than need be for 1x1 and grouped convolutions. In their place stand
 
 - matrix products, for 1x1 and grouped convolutions and for the gradients of all kernels;
-- for 3x3 a convolution with one row of output too many: XLA 0.10 hands a convolution over to
-  a library that is slower than its own code on many CPUs, but not one whose output is larger
-  than its input;
+- for 3x3 a convolution with a row of output too many: XLA gives others to a library that
+  is slower than its own code, but not those whose output is larger than their input;
 - for max pooling the number of the window's first largest value, in place of a
   select-and-scatter.
 """
@@ -171,7 +169,7 @@ def _moved(
 ) -> jax.Array:
     """x[ahead : ahead + size] along an axis, from a channel on of so many, zero elsewhere.
 
-    Sums of these are what XLA:CPU makes one loop of; it runs a concatenation 3 times slower.
+    XLA:CPU makes one loop of a sum of these; a concatenation takes it 3 times as long.
     """
     padding = [(0, 0, 0)] * x.ndim
     padding[axis] = (-ahead, size + ahead - x.shape[axis], 0)
