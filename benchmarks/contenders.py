@@ -165,7 +165,7 @@ def load_flax_example(folder: Path) -> tuple[Any, Any]:
 
 
 def train_flax_example(spec: dict[str, Any]) -> Steps:
-    """The ImageNet example of flax: its model, step and optimizer, images normalised before."""
+    """The ImageNet example of flax: its model, step, optimizer; images are normalised."""
     import jax
 
     if spec["model"] not in ("resnet18", "resnet50", "resnet101"):
