@@ -1,24 +1,29 @@
 """Contenders in processes of their own, which take turns, so that drift hits all alike.
 
-A worker builds its contender (contenders.py), tells when it is warm and then runs so many
-steps whenever it is asked. One alone works at a time; what is compared are ratios of
-medians over rounds.
+A worker builds its contender (contenders.py), is warm after three steps and then runs so
+many whenever it is asked, while the others wait. What counts are ratios of medians.
 """
 
+import argparse
 import json
+import math
 import os
+import platform
+import resource
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+from resjax.config import ArgumentParser, RunError, UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
-HUGE_PAGES = "glibc.malloc.hugetlb=1"  # for malloc; read when a process starts
+HUGE_PAGES = "glibc.malloc.hugetlb=1"  # for malloc, which reads it when a process starts
+WARM = 3  # steps of a worker before the first turn
+Result = dict[str, Any]
 
 
 class Absent(Exception):
@@ -30,78 +35,86 @@ class Worker:
 
     Attributes:
       name: of the contender.
-      facts: what it told when it was warm: seconds to the first and the second step,
-        device, version and whatever it measured.
+      facts: what it told when it was warm: `first_seconds`, `device`, versions, ...
+      launch_seconds: from its start to the end of its first step.
     """
 
     def __init__(self, spec: dict[str, Any], huge_pages: bool) -> None:
-        environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-        if huge_pages:
-            environment["GLIBC_TUNABLES"] = HUGE_PAGES
-        environment |= spec.get("environment", {})
+        own = {"GLIBC_TUNABLES": HUGE_PAGES} if huge_pages else {}
+        own["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # they share the memory of a GPU
         self.name = spec["contender"]
+        start = time.perf_counter()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.contenders", json.dumps(spec)],
             cwd=ROOT,
-            env=environment,
+            env={**os.environ, **own, **spec.get("environment", {})},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
         self.facts = self._answer()
+        self.launch_seconds = time.perf_counter() - start
+        if "absent" in self.facts:
+            raise Absent(self.facts["absent"])
+
+    def ask(self, steps: int) -> dict[str, Any]:
+        """After so many steps: `seconds` of one, on average, `peak_bytes` of memory."""
+        assert self._process.stdin
+        self._process.stdin.write(f"{steps}\n")
+        self._process.stdin.flush()
+        return self._answer()
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout
         for line in self._process.stdout:
             if line.startswith("{"):
-                answer = json.loads(line)
-                if "absent" in answer:
-                    raise Absent(f"{self.name}: {answer['absent']}")
-                return answer
-        raise RuntimeError(f"{self.name} ended with exit code {self._process.wait()}")
-
-    def seconds(self, steps: int) -> float:
-        """A step takes, on average over so many."""
-        assert self._process.stdin
-        self._process.stdin.write(f"{steps}\n")
-        self._process.stdin.flush()
-        return self._answer()["seconds"]
+                return json.loads(line)
+        raise RunError(f"{self.name} ended with exit code {self._process.wait()}")
 
     def close(self) -> None:
         """Ends the process."""
-        self._process.stdin.close()  # type: ignore[union-attr]
+        assert self._process.stdin
+        self._process.stdin.close()
         self._process.wait()
 
 
 def serve(
-    step: Callable[[], Any], finish: Callable[[], Any], facts: dict[str, Any]
+    step: Callable[[], Any],
+    finish: Callable[[], Any],
+    facts: dict[str, Any],
+    peak_bytes: Callable[[], int] | None = None,
 ) -> None:
-    """What a worker does: a first and a second step, then those it is asked for.
+    """What a worker does: it gets warm, then makes the steps that it is asked for.
 
     Args:
-      step: starts a step.
-      finish: waits for all steps that were started.
-      facts: to be told, with the seconds of the first two steps.
+      step: starts a step, or as many as `facts` say with `steps_per_call`.
+      finish: waits for all that were started.
+      facts: to be told, with the seconds of the first step.
+      peak_bytes: of memory; None = of the process.
     """
-    for name in ("first_seconds", "second_seconds"):
+    per_call = facts.setdefault("steps_per_call", 1)
+
+    def run(calls: int) -> float:
         start = time.perf_counter()
-        step()
-        finish()
-        facts[name] = time.perf_counter() - start
-    print(json.dumps(facts), flush=True)
-    for line in sys.stdin:
-        start = time.perf_counter()
-        for _ in range(int(line)):
+        for _ in range(calls):
             step()
         finish()
-        print(
-            json.dumps({"seconds": (time.perf_counter() - start) / int(line)}), flush=True
-        )
+        return (time.perf_counter() - start) / (calls * per_call)
+
+    print(json.dumps({**facts, "first_seconds": run(1)}), flush=True)
+    for line in sys.stdin:
+        seconds = run(math.ceil(int(line) / per_call))
+        peak = peak_bytes() if peak_bytes else _resident_peak()
+        print(json.dumps({"seconds": seconds, "peak_bytes": peak}), flush=True)
+
+
+def _resident_peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux says KiB
 
 
 def compare(
     specs: Sequence[dict[str, Any]], rounds: int, steps: int, huge_pages: bool
-) -> tuple[dict[str, dict[str, Any]], list[str]]:
+) -> tuple[dict[str, Result], list[str]]:
     """The step times of all contenders, in turns.
 
     Args:
@@ -111,33 +124,205 @@ def compare(
       huge_pages: ask malloc for huge pages.
 
     Returns:
-      {name: its facts, with `seconds`, the median step, and `all_seconds`}, and a line for
-      each that is absent.
+      {name: its facts with `seconds` (the median), `all_seconds`, `peak_bytes` and
+      `launch_seconds`}, and a line for each that is absent.
     """
     workers, absent = [], []
-    bar = tqdm(total=len(specs) * (1 + rounds), unit="turn", file=sys.stderr)
-    with bar:
-        for spec in specs:
-            bar.set_description(f"compiling {spec['contender']}")
-            try:
-                workers.append(Worker(spec, huge_pages))
-            except Absent as error:
-                absent.append(str(error))
-            bar.update()
-        times: dict[str, list[float]] = {worker.name: [] for worker in workers}
-        for _ in range(rounds):
-            for worker in workers:
-                bar.set_description(worker.name)
-                times[worker.name].append(worker.seconds(steps))
-                bar.update()
+    for spec in specs:
+        say(f"{spec['model']}: {spec['contender']} compiles")
+        try:
+            worker = Worker(spec, huge_pages)
+        except Absent as error:
+            absent.append(f"{spec['contender']}: {error}")
+            continue
+        workers.append(worker)
+        if rounds:
+            worker.ask(WARM - 1)
+    answers: dict[str, list[dict[str, Any]]] = {worker.name: [] for worker in workers}
+    for turn in range(rounds):
+        for worker in workers:
+            say(f"{specs[0]['model']}: turn {turn + 1} of {rounds}, {worker.name}")
+            answers[worker.name].append(worker.ask(steps))
+    results = {}
     for worker in workers:
         worker.close()
-    results = {
-        worker.name: {
+        own = answers[worker.name]
+        times = [answer["seconds"] for answer in own]
+        results[worker.name] = {
             **worker.facts,
-            "seconds": statistics.median(times[worker.name]),
-            "all_seconds": times[worker.name],
+            "batch_size": specs[0]["batch_size"],
+            "launch_seconds": worker.launch_seconds,
+            "seconds": statistics.median(times) if times else math.nan,
+            "all_seconds": times,
+            "peak_bytes": max((answer["peak_bytes"] for answer in own), default=0),
         }
-        for worker in workers
-    }
     return results, absent
+
+
+def say(text: str) -> None:
+    """A line on stderr, over the one before in a terminal."""
+    terminal = sys.stderr.isatty()
+    end = "" if terminal else "\n"
+    print(f"\r\033[K{text}" if terminal else text, end=end, file=sys.stderr, flush=True)
+
+
+def make_parser(name: str, doc: str | None, contenders: Iterable[str]) -> ArgumentParser:
+    """The flags that the benchmarks have in common."""
+    parser = ArgumentParser(prog=f"python -m benchmarks.{name}", description=doc)
+    parser.add_argument("--models", nargs="+", metavar="NAME", default=["resnet50"])
+    parser.add_argument("--batch_size", type=int, nargs="+", metavar="N", default=[32])
+    parser.add_argument("--image_size", type=int, metavar="N", default=224)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument(
+        "--contenders",
+        nargs="+",
+        metavar="NAME",
+        default=list(contenders),
+        help=f"of: {', '.join(contenders)} (default: all that can be had)",
+    )
+    parser.add_argument("--rounds", type=int, metavar="N", default=5, help="turns of each")
+    parser.add_argument("--steps", type=int, metavar="N", default=1, help="of a turn")
+    parser.add_argument(
+        "--virtual_batch_size",
+        type=int,
+        metavar="N",
+        default=0,
+        help="examples that share resjax's batch-norm statistics (default: all)",
+    )
+    parser.add_argument(
+        "--flax_example",
+        metavar="DIR",
+        help="folder examples/imagenet of a checkout of github.com/google/flax",
+    )
+    parser.add_argument(
+        "--huge_pages",
+        action="store_true",
+        help=f"start all contenders with GLIBC_TUNABLES={HUGE_PAGES}",
+    )
+    parser.add_argument(
+        "--json", metavar="FILE", type=Path, help="writes all numbers there"
+    )
+    return parser
+
+
+def check_flags(flags: argparse.Namespace, contenders: Iterable[str]) -> None:
+    """Raises `UsageError` for what the parser has not seen."""
+    for name in flags.contenders:
+        if name not in contenders:
+            allowed = ", ".join(contenders)
+            raise UsageError(f"--contenders: {name!r} is not one of {allowed}")
+    numbers = ("image_size", "rounds", "steps")
+    for name in numbers:
+        if getattr(flags, name) < 1:
+            raise UsageError(f"--{name}: {getattr(flags, name)} is not 1 or more")
+    if min(flags.batch_size) < 1:
+        raise UsageError(f"--batch_size: {min(flags.batch_size)} is not 1 or more")
+    if flags.json and not flags.json.resolve().parent.is_dir():
+        raise UsageError(f"--json: there is no folder {flags.json.parent}")
+
+
+def make_spec(
+    task: str, contender: str, model: str, batch_size: int, flags: argparse.Namespace
+) -> dict[str, Any]:
+    """What a worker is given."""
+    example = flags.flax_example and str(Path(flags.flax_example).expanduser().resolve())
+    return {
+        "task": task,
+        "contender": contender,
+        "model": model,
+        "batch_size": batch_size,
+        "image_size": flags.image_size,
+        "dtype": flags.dtype,
+        "virtual_batch_size": flags.virtual_batch_size,
+        "flax_example": example,
+    }
+
+
+def machine(results: dict[str, Result]) -> str:
+    """The device, the processor and the versions, in words."""
+    facts = next(iter(results.values()), {})
+    words = [str(facts.get("device", "no device"))]
+    if facts.get("platform", "cpu") == "cpu":
+        words = [f"{_processor()}, {len(os.sched_getaffinity(0))} cores"]
+    for name in ("jax", "torch"):
+        found = {facts[name] for facts in results.values() if name in facts}
+        words += [f"{name} {version}" for version in found]
+    return ", ".join(words)
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    wide = " with AVX-512" if any(" avx512f" in line for line in lines) else ""
+    return (names[0] if names else platform.processor()) + wide
+
+
+def format_times(title: str, results: dict[str, Result], absent: Sequence[str]) -> str:
+    """A row for each contender, with ratios to the first and to the machine's floor."""
+    lines = [f"{title} ({machine(results)})"]
+    floor = next((facts["floor"] for facts in results.values() if "floor" in facts), None)
+    lines.append(
+        f"{'':<26}{'first step s':>12}{'step s':>10}{'images/s':>10}{'ratio':>8}"
+        f"{'floor':>8}"
+    )
+    first = next(iter(results.values()))["seconds"] if results else math.nan
+    for name, facts in results.items():
+        seconds, images = facts["seconds"], facts["batch_size"]
+        share = f"{100 * floor['seconds'] / seconds:6.0f} %" if floor else ""
+        lines.append(
+            f"{name:<26}{facts['first_seconds']:12.1f}{seconds:10.4f}"
+            f"{images / seconds:10.1f}{seconds / first:8.2f}{share:>8}"
+        )
+    lines += [f"{line} (skipped)" for line in absent]
+    lines.append("ratio: times as long as the first")
+    if floor:
+        lines.append(
+            f"floor: {floor['seconds']:.4f} s, all {floor['gflop']:.0f} GFLOP at "
+            f"{floor['gflops']:.0f} GFLOP/s ({floor['product_seconds']:.4f} s), the rate "
+            f"of a large matrix product here, or all {floor['gigabytes']:.1f} GB that the "
+            f"convolutions read and write at {floor['gigabytes_a_second']:.0f} GB/s "
+            f"({floor['copy_seconds']:.4f} s), that of a copy"
+        )
+    return "\n".join(lines)
+
+
+def write_json(path: Path | None, tables: dict[str, Any]) -> None:
+    """All numbers of a benchmark, if a file is asked for."""
+    if path:
+        path.write_text(json.dumps(tables, indent=1) + "\n")
+
+
+def compare_each(
+    task: str,
+    flags: argparse.Namespace,
+    environment: dict[str, str] | None = None,
+    more: dict[str, Any] | None = None,
+) -> Iterator[tuple[str, dict[str, Result], list[str]]]:
+    """Of each model and batch size that flags name a title and what `compare` returns."""
+    for model in flags.models:
+        for batch_size in flags.batch_size:
+            specs = [
+                make_spec(task, name, model, batch_size, flags) | (more or {})
+                for name in flags.contenders
+            ]
+            for spec in specs:
+                spec["environment"] = environment or {}
+            results, absent = compare(specs, flags.rounds, flags.steps, flags.huge_pages)
+            say("")
+            size = f"{batch_size} images of {flags.image_size} px, {flags.dtype}"
+            yield f"{model}, {task}, {size}", results, absent
+
+
+def time_steps(
+    script: str, doc: str | None, task: str, names: Iterable[str], arguments: list[str]
+) -> int:
+    """The command of `train_step` and `inference`; returns its exit code."""
+    flags = make_parser(script, doc, names).parse_args(arguments)
+    check_flags(flags, names)
+    tables = {}
+    for title, results, absent in compare_each(task, flags):
+        print(format_times(title, results, absent), flush=True)
+        tables[title] = results
+    write_json(flags.json, tables)
+    return 0
