@@ -46,7 +46,7 @@ def train_loop(
         waits=waits,
     )
     with hooks.progress_bar(run.num_steps * config.batch_size, 0, "training") as bar:
-        own = [log, hooks.make_progress_hook(bar, log)]
+        own: Any = [log, hooks.make_progress_hook(bar, log)]
         return loop.fit(run.train_step, state, dispatches, own, waits=waits)
 
 
