@@ -149,18 +149,11 @@ def _train(spec: dict[str, Any], model: Any, facts: dict[str, Any]) -> Run:
     if per_call > 1:
         unroll = jax.default_backend() == "cpu"
         step = steps.make_train_steps(step, lambda data, *_, **__: data, per_call, unroll)
-    run_step = jax.pmap(
-        step,
-        parallel.AXIS,
-        in_axes=(None, 0),
-        out_axes=None,
-        devices=jax.devices()[:1],
-        donate_argnums=0,
-    )
+    run_step = parallel.run_on_devices(step, "pmap", donate_state=True)
     images, labels = random_images(spec)
-    rows = {"image": images, "label": labels, "position": np.arange(batch_size)}
-    batch = jax.tree.map(lambda x: jnp.asarray(x)[None], rows)
-    state = steps.create_state(_init(model), tx)
+    position = np.arange(batch_size, dtype=np.int32)
+    batch = parallel.shard({"image": images, "label": labels, "position": position})
+    state = parallel.replicate(steps.create_state(_init(model), tx))
     facts = {**facts, "jax": jax.__version__, "steps_per_call": per_call}
     return _run_jax(lambda state: run_step(state, batch), state, facts)
 

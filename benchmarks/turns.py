@@ -41,7 +41,8 @@ class Worker:
 
     def __init__(self, spec: dict[str, Any], huge_pages: bool) -> None:
         own = {"GLIBC_TUNABLES": HUGE_PAGES} if huge_pages else {}
-        own["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # they share the memory of a GPU
+        own["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # they share the memory of a GPU,
+        own["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0")  # of one
         self.name = spec["contender"]
         start = time.perf_counter()
         self._process = subprocess.Popen(
