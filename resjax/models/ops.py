@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from resjax import initializers
@@ -176,6 +177,5 @@ class Conv(nn.Module):
         shape = (k, k, x.shape[-1] // self.groups, self.features)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
         form = conv_as_products if self.as_products else conv
-        return form(
-            x.astype(self.dtype), kernel.astype(self.dtype), self.strides, self.groups
-        )
+        y = form(x.astype(self.dtype), kernel.astype(self.dtype), self.strides, self.groups)
+        return checkpoint_name(y, "conv")
