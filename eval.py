@@ -9,6 +9,7 @@ import json
 
 from resjax import config as configs
 from resjax import hosts, runs
+from resjax.compilation_cache import use_compilation_cache
 
 
 def _step(text: str) -> int | str:
@@ -48,6 +49,7 @@ def main(args: list[str]) -> int:
     place = {name: values.pop(name) for name in configs.CLUSTER_FLAGS}
 
     def run() -> int:
+        use_compilation_cache()
         result = runs.evaluate(**values)
         if hosts.is_main():
             print(json.dumps(result))

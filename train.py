@@ -9,6 +9,7 @@ from typing import Any
 
 from resjax import config as configs
 from resjax import hosts, signals, training
+from resjax.compilation_cache import use_compilation_cache
 
 HERE = Path(__file__).resolve().parent
 
@@ -45,6 +46,7 @@ def main(args: list[str]) -> int:
     config, workdir, place = parse(args)
 
     def run() -> int:
+        use_compilation_cache()
         with signals.stop_signals() as stop:
             return training.train(config, workdir, stop)
 

@@ -58,7 +58,7 @@ def response_stds(
             "model: a pre-activation net has norms before its convolutions; He et al. "
             "2015, figure 7, measures nets that have them behind"
         )
-    unrolled = model.clone(remat=False)  # a loop over blocks would hide which is which
+    unrolled = model.clone(remat="none")  # a loop over blocks would hide which is which
     order: list[str] = []
 
     @jax.jit

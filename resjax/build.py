@@ -156,21 +156,20 @@ def check_model(config: Config, own_scheme: bool = False) -> None:
     shape = (group or config.batch_size, size, size, 3)
     images = jax.ShapeDtypeStruct(shape, jnp.float32)
     key = jax.random.key(0)
-    variables = jax.eval_shape(model.init, key, images)
+    keys = {"params": key, "dropout": key}
+    try:
+        variables = jax.eval_shape(partial(model.init, train=True), keys, images)
+    except ValueError as error:
+        raise UsageError(
+            f"config.data.image_size: {size} is too small for {config.model} with "
+            f"{shape[0]} examples sharing statistics: {error}"
+        ) from error
     try:
         if not own_scheme:
             scheme = initializers.get_scheme(config.init)
             jax.eval_shape(lambda: scheme(key, variables["params"]))
     except UsageError as error:
         raise UsageError(f"config.init={config.init}, {config.model}: {error}") from error
-    apply = partial(model.apply, train=True, update_stats=False, rngs={"dropout": key})
-    try:
-        jax.eval_shape(apply, variables, images)
-    except ValueError as error:
-        raise UsageError(
-            f"config.data.image_size: {size} is too small for {config.model} with "
-            f"{shape[0]} examples sharing statistics: {error}"
-        ) from error
 
 
 def epochs_to_steps(config: Config, epochs: float, num_examples: int) -> int:

@@ -268,7 +268,7 @@ COMPARISONS: dict[str, Comparison] = {
         claim="He et al. 2016, table 3 (CIFAR-10): 6.61 % error originally and 6.37 % with "
         "pre-activation at 110 layers, 7.61 and 4.92 % at 1,001.",
         vary={"model": "cifar_resnet110,cifar_preact_resnet110", "seed": "0,1,2,3"},
-        fixed={"model_kwargs.remat": "true"},  # they are deep
+        fixed={"model_kwargs.remat": "blocks"},  # they are deep
         digits={
             "batch_size": "32",  # for more updates in the time
             "lr_per_256": "0.16",

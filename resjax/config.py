@@ -41,6 +41,8 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
 
 # --- fields -------------------------------------------------------------------------
 
+RematPolicy = Literal["none", "blocks", "convs"]
+
 
 def _bounded(default: Any, allowed: str, check: Callable[[Any], bool]) -> Any:
     """A dataclass field whose number (or each of whose numbers) must pass `check`."""
@@ -60,6 +62,13 @@ def _fraction(default: Any) -> Any:
     return _bounded(default, "at least 0 and below 1", lambda value: 0 <= value < 1)
 
 
+def remat_policy(value: Any) -> Any:
+    """The name of a way to rematerialise; True, False and None stood for two of them."""
+    if value is None or isinstance(value, bool):
+        return "blocks" if value else "none"
+    return value
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelKwargs:
     """Options of the model; None keeps what its name stands for."""
@@ -68,7 +77,11 @@ class ModelKwargs:
     width: int | None = _positive(None)  # channels of the first stage
     shortcut: Literal["A", "B", "C", "none"] | None = None
     stochastic_depth: float | None = _fraction(None)  # chance to drop the last branch
-    remat: bool | None = None  # computes blocks twice to keep less
+    # What is kept for the backward pass, the rest being computed twice: all, what blocks
+    # take, or what convolutions put out.
+    remat: RematPolicy = dataclasses.field(
+        default="none", metadata={"earlier": remat_policy}
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,13 +224,13 @@ def _fit(value: Any, kind: Any) -> Any:
 def _from_text(text: str, kind: Any) -> Any:
     """The Python value that a command line means by `text` for a field of this type."""
     words = {"true": True, "false": False, "none": None}
-    may_be_text = kind is str or typing.get_origin(kind) is Literal
+    is_choice = typing.get_origin(kind) is Literal
     if typing.get_origin(kind) in _UNIONS:
         kind = typing.get_args(kind)[0]
         if text.lower() == "none" and "none" not in typing.get_args(kind):
             return None
         return _from_text(text, kind)
-    if may_be_text:
+    if kind is str or (is_choice and text.lower() not in ("true", "false")):
         return text
     if text.lower() in words:
         return words[text.lower()]
@@ -262,6 +275,7 @@ def unflatten(values: dict[str, Any]) -> Config:
         if name not in known:
             raise unknown_name("config", name, known)
         field = known[name]
+        value = field.metadata.get("earlier", lambda value: value)(value)
         try:
             value = _fit(value, field.type)
         except (TypeError, OverflowError):

@@ -63,7 +63,8 @@ def create_state(
     """The state before the first update."""
     params, stats = variables["params"], variables["batch_stats"]
     step = jnp.zeros((), jnp.int32)
-    return TrainState(step, params, stats, tx.init(params), loss_scale)
+    opt_state = jax.jit(tx.init)(params)  # one program, not one a shape
+    return TrainState(step, params, stats, opt_state, loss_scale)
 
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Sums]]

@@ -42,6 +42,7 @@ from resjax import (
 from resjax import config as configs
 from resjax.analysis.sweeps import Segment, train_members
 from resjax.build_members import Members
+from resjax.compilation_cache import use_compilation_cache
 from resjax.config import Config, RunError, UsageError
 from resjax.data.workers import num_cores
 from resjax.steps import TrainState
@@ -157,6 +158,7 @@ def train(members: list[Member]) -> None:
       UsageError: a workdir that holds something else, or a field that does not fit.
     """
     use_all_cores(members)
+    use_compilation_cache()
     with signals.stop_signals() as stop:
         code = _train_all(members, stop)
         if code:

@@ -98,8 +98,8 @@ def _keep_models():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compiled(tmp_path_factory):
-    """Settings of jax: what one process or test compiled is not compiled again."""
+def _compiled(tmp_path_factory):
+    """What one process or test compiled is not compiled again; nothing in one's home is."""
     import jax
 
     settings = {
@@ -107,25 +107,28 @@ def compiled(tmp_path_factory):
         "jax_persistent_cache_min_compile_time_secs": 0.1,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    return settings
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+            patch.setenv(name.upper(), str(value))  # of the processes that tests start
+        yield
 
 
 @pytest.fixture(scope="session")
-def spawn(data_dir, compiled, tmp_path_factory):
+def spawn(data_dir, tmp_path_factory):
     """spawn("train.py", "--flag=...", devices=4) -> the process, running.
 
     `script` may be "-m", and a module's name follow. It runs in a folder of its own, as a
-    user would, with the interpreter of the tests.
+    user would, with the interpreter of the tests. `variables` are of its environment; those
+    that are None are not.
     """
 
-    def start(script, *flags, devices=1, cwd=None):
+    def start(script, *flags, devices=1, cwd=None, variables=None):
         environment = {
             **os.environ,
             "XLA_FLAGS": f"{_FORCED}={devices}",
             "TFDS_DATA_DIR": str(data_dir),
-            **{name.upper(): str(value) for name, value in compiled.items()},
+            **(variables or {}),
         }
         return subprocess.Popen(
             [sys.executable, script if script == "-m" else ROOT / script, *map(str, flags)],
@@ -133,7 +136,7 @@ def spawn(data_dir, compiled, tmp_path_factory):
             stderr=subprocess.PIPE,
             text=True,
             cwd=cwd or tmp_path_factory.mktemp("cwd"),
-            env=environment,
+            env={name: value for name, value in environment.items() if value is not None},
         )
 
     return start

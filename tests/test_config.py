@@ -41,7 +41,10 @@ def error_of(call, *args):
             "model_kwargs.stochastic_depth",
             0.2,
         ),
-        ("--config.model_kwargs.remat=true", "model_kwargs.remat", True),
+        ("--config.model_kwargs.remat=convs", "model_kwargs.remat", "convs"),
+        ("--config.model_kwargs.remat=none", "model_kwargs.remat", "none"),
+        ("--config.model_kwargs.remat=true", "model_kwargs.remat", "blocks"),
+        ("--config.model_kwargs.remat=False", "model_kwargs.remat", "none"),
         ("--config.norm.virtual_batch_size=32", "norm.virtual_batch_size", 32),
     ],
 )
@@ -68,6 +71,8 @@ def test_override_sets_the_field_and_no_other(word, field, value):
         ("--config.momentum=1", ["config.momentum", "1.0", "below 1"]),
         ("--config.seed=-1", ["config.seed", "-1", "from 0"]),
         ("--config.schedule=linear", ["config.schedule", "'linear'", "step, cosine"]),
+        ("--config.schedule=true", ["config.schedule", "True", "step, cosine"]),
+        ("--config.model_kwargs.remat=1", ["remat", "'1'", "none, blocks, convs"]),
         ("--config.drop_epochs=30,x", ["config.drop_epochs", "list of numbers"]),
         ("--config.drop_epochs=30,-1", ["config.drop_epochs", "greater than 0"]),
         ("--config.drop_epochs=60,30", ["config.drop_epochs", "increasing"]),
@@ -111,6 +116,16 @@ def test_a_config_survives_json():
     )
     stored = json.loads(json.dumps(dataclasses.asdict(config)))
     assert configs.from_dict(stored) == config
+
+
+@pytest.mark.parametrize("before, now", [(True, "blocks"), (False, "none"), (None, "none")])
+def test_what_remat_was_called_before_is_understood(before, now):
+    stored = dataclasses.asdict(Config())
+    stored["model_kwargs"]["remat"] = before
+    config = configs.from_dict(json.loads(json.dumps(stored)))
+    assert config.model_kwargs.remat == now
+    again = configs.override(Config(), [f"--config.model_kwargs.remat={now}"])
+    assert configs.differences(config, again) == []  # so that a run goes on
 
 
 def test_a_stored_config_of_another_version_is_named():

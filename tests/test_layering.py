@@ -24,6 +24,7 @@ ORDER = [
     "training",
     "build",
     "build_data",
+    "compilation_cache",
     "hooks",
     "loop",
     "records",

@@ -94,7 +94,7 @@ def gradient_by_path(
     blocks = sum(model.stage_sizes)
     if jnp.shape(path) != (blocks,):
         raise UsageError(f"path: shape {jnp.shape(path)}, but there are {blocks} blocks")
-    unrolled = model.clone(remat=False)  # a loop over blocks would hide which is which
+    unrolled = model.clone(remat="none")  # a loop over blocks would hide which is which
 
     def total_loss(images: jax.Array) -> tuple[jax.Array, jax.Array]:
         with nn.intercept_methods(_along(iter(path))):

@@ -88,7 +88,7 @@ def signal_propagation(
     Source: He et al. 2015 (arXiv:1502.01852), section 2.2.
     """
     key = jax.random.key(0) if key is None else key
-    model = model.clone(remat=False, stochastic_depth=0.0)  # a loop would hide blocks
+    model = model.clone(remat="none", stochastic_depth=0.0)  # a loop would hide blocks
     measured, first = _measure(model, variables, images, key)
     theories = [
         _predict(model, variables, np.asarray(first, np.float64), **kind)

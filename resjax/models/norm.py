@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 
 class Bias(nn.Module):
@@ -86,6 +87,7 @@ class BatchNorm(nn.Module):
             mean, var = running_mean.value, running_var.value  # [C]
         else:
             parts, mean, var, count = self._moments(parts)  # [P, p, ..., C], [P, 1, ..., C]
+            mean, var = checkpoint_name((mean, var), "moments")
             if count < 2:
                 raise ValueError("batch statistics need more than one value a channel")
             if update_stats and not self.is_initializing():

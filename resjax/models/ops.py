@@ -6,6 +6,7 @@ What runs faster on a platform stands in lowerings.py. Knows nothing of blocks o
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from resjax import initializers
 from resjax.models import lowerings
@@ -70,6 +71,5 @@ class Conv(nn.Module):
         shape = (k, k, x.shape[-1] // self.groups, self.features)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
         form = lowerings.conv_as_products if self.as_products else conv
-        return form(
-            x.astype(self.dtype), kernel.astype(self.dtype), self.strides, self.groups
-        )
+        y = form(x.astype(self.dtype), kernel.astype(self.dtype), self.strides, self.groups)
+        return checkpoint_name(y, "conv")

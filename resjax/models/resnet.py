@@ -13,7 +13,7 @@ from flax import linen as nn
 from jax import lax
 
 from resjax import initializers
-from resjax.config import UsageError, unknown_name
+from resjax.config import RematPolicy, UsageError, remat_policy, unknown_name
 from resjax.models.blocks import (
     Branch,
     Layer,
@@ -63,7 +63,7 @@ class Stage(nn.Module):
       rest: makes each of the others, which all have the same shapes.
       survivals: of each block, the probability that a training step keeps its branch, with
         one draw for the whole minibatch; evaluation multiplies the branch by it.
-      remat: run the others as a loop, which is compiled once however many they are; the
+      loop: run the others as a loop, which is compiled once however many they are; the
         makers should rematerialise.
 
     Source: Huang et al. 2016 (arXiv:1603.09382), equations 2 and 5, for the survivals.
@@ -73,7 +73,7 @@ class Stage(nn.Module):
     first: Layer
     rest: Layer
     survivals: tuple[float, ...]
-    remat: bool = False
+    loop: bool = False
 
     @nn.compact
     def __call__(
@@ -85,7 +85,7 @@ class Stage(nn.Module):
             scales = jnp.array(self.survivals)  # [number of blocks]
             if train:
                 scales = jax.random.bernoulli(self.make_rng("dropout"), scales)
-        loop = self.remat and self._can_loop()
+        loop = self.loop and self._can_loop()
         for i in range(1 if loop else len(self.survivals)):
             block = (self.rest if i else self.first)(name=f"block{i + 1}")
             x = block(x, train, update_stats, None if scales is None else scales[i])
@@ -142,6 +142,13 @@ class Stage(nn.Module):
         return x
 
 
+# What blocks keep beside their inputs, by the names that ops.py and norm.py give it.
+_POLICIES = {
+    "blocks": None,
+    "convs": jax.checkpoint_policies.save_only_these_names("conv", "moments"),
+}
+
+
 class ResNet(nn.Module):
     """Stem, stages of residual blocks, global average pooling, a linear classifier.
 
@@ -156,8 +163,11 @@ class ResNet(nn.Module):
         norm and ReLU follow the last block.
       stochastic_depth: the probability that a training step drops the last block's branch;
         it grows linearly with the block from 0.
-      remat: keep only the inputs of blocks for the backward pass and compute the rest
-        again; a stage is compiled as a loop over its blocks.
+      remat: what the backward pass finds kept. "none": all that it needs. "blocks": what
+        blocks take, while the rest is computed again; a stage is compiled as a loop over
+        its blocks. "convs": also what convolutions put out and the moments of norms, so
+        that only elementwise work is done again; for accelerators, as the compiler for
+        CPUs may do it early, which saves nothing. (True is "blocks", False "none".)
       num_classes: logits; 0 = no classifier.
       dtype: of activations and products; parameters, statistics, logits are float32.
       conv: makes the convolutions.
@@ -177,11 +187,15 @@ class ResNet(nn.Module):
     shortcut: str = "B"
     preactivation: bool = False
     stochastic_depth: float = 0.0
-    remat: bool = False
+    remat: RematPolicy = "none"
     num_classes: int = 1000
     dtype: jnp.dtype = jnp.float32
     conv: Layer = Conv
     norm: Layer = BatchNorm
+
+    def __post_init__(self) -> None:
+        self.remat = remat_policy(self.remat)
+        super().__post_init__()
 
     @nn.compact
     def __call__(
@@ -233,8 +247,9 @@ class ResNet(nn.Module):
     def _stage(self, i: int, conv: Layer, name: str) -> Stage:
         """The stage of that number, counted from 0."""
         block = PreActBlock if self.preactivation else ResidualBlock
-        if self.remat:
-            block = nn.remat(block, static_argnums=(2, 3))  # train, update_stats
+        if self.remat != "none":
+            flags = (2, 3)  # train, update_stats
+            block = nn.remat(block, policy=_POLICIES[self.remat], static_argnums=flags)
         rest = partial(
             block,
             branch=self.branch,
@@ -250,7 +265,7 @@ class ResNet(nn.Module):
             1 - self.stochastic_depth * (before + j) / total
             for j in range(1, self.stage_sizes[i] + 1)
         )
-        return Stage(first, rest, survivals, self.remat, name=name)
+        return Stage(first, rest, survivals, self.remat == "blocks", name=name)
 
 
 def _cifar(depth: int, branch: Branch = basic, **options: Any) -> Callable[..., ResNet]:
@@ -353,9 +368,9 @@ def create_model(name: str, **options: Any) -> ResNet:
       name: one of `list_models()`.
       **options: any of num_classes (1000, or 10 for CIFAR nets; 0 = no classifier), dtype
         of the computation, stage_sizes, width, shortcut ("A", "B", "C", "none"),
-        stochastic_depth, remat, conv and norm (module classes or partials of them, e.g.
-        `partial(BatchNorm, virtual_batch_size=32)`; `norm.Bias` is a net without); see
-        `ResNet`.
+        stochastic_depth, remat ("none", "blocks", "convs"), conv and norm (module classes
+        or partials of them, e.g. `partial(BatchNorm, virtual_batch_size=32)`; `norm.Bias`
+        is a net without); see `ResNet`.
 
     Returns:
       A linen Module: images [B, H, W, 3] -> logits [B, num_classes].
@@ -382,6 +397,8 @@ def create_model(name: str, **options: Any) -> ResNet:
         raise UsageError(f"width: {width!r} is no whole number above 0")
     if model.shortcut not in ("A", "B", "C", "none"):
         raise UsageError(f"shortcut: {model.shortcut!r} is not one of A, B, C, none")
+    if model.remat not in ("none", *_POLICIES):
+        raise UsageError(f"remat: {model.remat!r} is not one of none, blocks, convs")
     depth = model.stochastic_depth
     if not isinstance(depth, int | float) or not 0 <= depth < 1:
         raise UsageError(

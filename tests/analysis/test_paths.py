@@ -38,7 +38,7 @@ def basic_blocks():
         stage_sizes=(3,),
         width=4,
         stochastic_depth=0.5,
-        remat=True,
+        remat="blocks",
     )
     return model, random_variables(model)
 

@@ -183,7 +183,7 @@ MODELS = {
     "preactivation": ("cifar_preact_resnet110", {"norm": Bias, "shortcut": "B"}),
     "plain, batch norm": ("cifar_plain20", {}),
     "residual, batch norm": ("cifar_resnet20", {"shortcut": "C"}),
-    "preactivation, batch norm": ("cifar_preact_resnet110", {"remat": True}),
+    "preactivation, batch norm": ("cifar_preact_resnet110", {"remat": "blocks"}),
 }
 
 

@@ -168,9 +168,10 @@ def test_the_layers_of_the_papers_add_up_to_what_the_papers_print():
         assert round((params - norms) / 1e6, 1) == millions, name  # without the norms
 
 
+@pytest.mark.parametrize("remat", ["blocks", "convs"])
 @pytest.mark.parametrize("name", ["resnet18", "preact_resnet50", "resnext50_32x4d"])
-def test_rematerialisation_changes_no_count(name):
-    model = resjax.create_model(name, remat=True)
+def test_rematerialisation_changes_no_count(name, remat):
+    model = resjax.create_model(name, remat=remat)
     params, macs = COUNTS[name, None]
     assert (resjax.count_params(model), resjax.count_macs(model, 224)) == (params, macs)
 
