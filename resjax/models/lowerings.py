@@ -15,7 +15,6 @@ kernels, and longer than need be for 1x1 and grouped convolutions. In their plac
 """
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -89,7 +88,7 @@ def _derivative(strides: int, primals: Any, tangents: Any) -> Any:
             dx = jnp.pad(dx, [(0, 0), (0, 1), (0, 0), (0, 0)])
             terms.append(plain_conv(dx, kernel, more_rows=(0, -1)))
     if not isinstance(dkernel, SymbolicZero):
-        terms.append(conv_as_products(x, dkernel, strides, multiply=_along_matrix))
+        terms.append(conv_as_products(x, dkernel, strides))
     return _dense_conv(x, kernel, strides), sum(terms[1:], start=terms[0])
 
 
@@ -101,7 +100,6 @@ def conv_as_products(
     kernel: jax.Array,
     strides: int = 1,
     groups: int = 1,
-    multiply: Callable | None = None,
 ) -> jax.Array:
     """`plain_conv` of an odd kernel as matrix products of the input with the kernel.
 
@@ -117,9 +115,9 @@ def conv_as_products(
         x, kernel = x.astype(jnp.float32), kernel.astype(jnp.float32)
     size = [-(-side // strides) for side in x.shape[1:3]]
     if groups == 1:
-        return _products(x, kernel, strides, size, multiply or _multiply).astype(dtype)
+        return _products(x, kernel, strides, size).astype(dtype)
     kernel = _join_groups(_split(kernel, groups))  # [G, k, k, C / G, D / G]
-    run = jax.vmap(partial(_products, strides=strides, size=size, multiply=jnp.matmul))
+    run = jax.vmap(partial(_products, strides=strides, size=size))
     y = run(_split(x, len(kernel)), kernel)  # [G, B, H / s, W / s, D / G]
     return jnp.moveaxis(y, 0, 3).reshape(*y.shape[1:4], -1).astype(dtype)
 
@@ -141,9 +139,7 @@ def _join_groups(kernel: jax.Array) -> jax.Array:
     return jnp.moveaxis(kernel, 1, 3).reshape(-1, k, k, joined * inputs, joined * outputs)
 
 
-def _products(
-    x: jax.Array, kernel: jax.Array, strides: int, size: list[int], multiply: Callable
-) -> jax.Array:
+def _products(x: jax.Array, kernel: jax.Array, strides: int, size: list[int]) -> jax.Array:
     """[B, H, W, C], [k, k, C, D] -> [B, *size, D]."""
     k, _, inputs, outputs = kernel.shape
     # Output o meets input strides * o + i - pad = strides * (o + ahead) + phase.
@@ -164,7 +160,7 @@ def _products(
         ]
         pixels = sum(beside[1:], start=beside[0])  # [B, H / s, W / s, k * C]
         part = jnp.stack([kernel[i] for i, _ in rows], axis=2)  # [k, C, rows, D]
-        y = multiply(pixels.reshape(-1, k * inputs), part.reshape(k * inputs, -1))
+        y = _multiply(pixels.reshape(-1, k * inputs), part.reshape(k * inputs, -1))
         y = y.reshape(*pixels.shape[:3], -1)
         for n, (_, ahead) in enumerate(rows):
             term = y[..., n * outputs : (n + 1) * outputs]
@@ -172,40 +168,22 @@ def _products(
     return sum(terms[1:], start=terms[0])
 
 
-@jax.custom_jvp
 def _multiply(x: jax.Array, matrix: jax.Array) -> jax.Array:
-    """[N, K], [K, M] -> [N, M]."""
-    return x @ matrix
+    """[N, K], [K, M] -> [N, M], in parts of N.
 
-
-def _derivative_of_product(primals: Any, tangents: Any) -> Any:
-    (x, matrix), (dx, dmatrix) = primals, tangents
-    terms = []
-    if not isinstance(dx, SymbolicZero):
-        terms.append(dx @ matrix)
-    if not isinstance(dmatrix, SymbolicZero):
-        terms.append(_along_matrix(x, dmatrix))
-    return _multiply(x, matrix), sum(terms[1:], start=terms[0])
-
-
-_multiply.defjvp(_derivative_of_product, symbolic_zeros=True)
-
-
-def _along_matrix(x: jax.Array, matrix: jax.Array) -> jax.Array:
-    """`x @ matrix` whose transpose, from product to matrix, has several parts to add up.
-
-    XLA:CPU is up to twice as fast at them, and where a part has more columns than rows.
+    In the gradient of the matrix these are products of their own, to be added up; XLA:CPU is
+    up to twice as fast at them, and where such a product has more columns than rows.
     """
     count, inputs = x.shape
     parts = math.gcd(count, 1 if count < 4096 else 2 if count < 65536 else 8)
+    if parts == 1:
+        return x @ matrix
     x = x.reshape(parts, -1, inputs)
-    if inputs > matrix.shape[1] and parts > 1:
-        matrix = jnp.broadcast_to(matrix.T, (parts, *matrix.T.shape))
-        y = jnp.einsum("pnk,pmk->pnm", x, matrix)
-    else:
-        matrix = jnp.broadcast_to(matrix, (parts, *matrix.shape))
-        y = jnp.einsum("pnk,pkm->pnm", x, matrix)
-    return y.reshape(count, -1)
+    if inputs > matrix.shape[1]:
+        many = jnp.broadcast_to(matrix.T, (parts, *matrix.T.shape))
+        return jnp.einsum("pnk,pmk->pnm", x, many).reshape(count, -1)
+    many = jnp.broadcast_to(matrix, (parts, *matrix.shape))
+    return jnp.einsum("pnk,pkm->pnm", x, many).reshape(count, -1)
 
 
 def _moved(
