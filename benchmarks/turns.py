@@ -18,10 +18,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from resjax.config import ArgumentParser, RunError, UsageError
+from resjax import list_models
+from resjax.config import ArgumentParser, RunError, UsageError, unknown_name
 
 ROOT = Path(__file__).resolve().parent.parent
-HUGE_PAGES = "glibc.malloc.hugetlb=1"  # for malloc, which reads it when a process starts
+# For malloc, which reads it when a process starts: huge pages, and what was freed is kept.
+MALLOC = ":".join(
+    f"glibc.malloc.{name}"
+    for name in ("hugetlb=1", "arena_max=1", "mmap_max=0", "trim_threshold=1000000000000")
+)
 WARM = 3  # steps of a worker before the first turn
 Result = dict[str, Any]
 
@@ -39,10 +44,11 @@ class Worker:
       launch_seconds: from its start to the end of its first step.
     """
 
-    def __init__(self, spec: dict[str, Any], huge_pages: bool) -> None:
-        own = {"GLIBC_TUNABLES": HUGE_PAGES} if huge_pages else {}
-        own["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # they share the memory of a GPU,
-        own["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0")  # of one
+    def __init__(self, spec: dict[str, Any]) -> None:
+        own = {
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # they share the memory of a GPU,
+            "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0"),  # of one
+        }
         self.name = spec["contender"]
         start = time.perf_counter()
         self._process = subprocess.Popen(
@@ -56,6 +62,7 @@ class Worker:
         self.facts = self._answer()
         self.launch_seconds = time.perf_counter() - start
         if "absent" in self.facts:
+            self.close()
             raise Absent(self.facts["absent"])
 
     def ask(self, steps: int) -> dict[str, Any]:
@@ -74,9 +81,7 @@ class Worker:
 
     def close(self) -> None:
         """Ends the process."""
-        assert self._process.stdin
-        self._process.stdin.close()
-        self._process.wait()
+        self._process.communicate()
 
 
 def serve(
@@ -104,6 +109,9 @@ def serve(
 
     print(json.dumps({**facts, "first_seconds": run(1)}), flush=True)
     for line in sys.stdin:
+        run(
+            1
+        )  # what the machine took back in the meantime, memory and caches, is there again
         seconds = run(math.ceil(int(line) / per_call))
         peak = peak_bytes() if peak_bytes else _resident_peak()
         print(json.dumps({"seconds": seconds, "peak_bytes": peak}), flush=True)
@@ -114,7 +122,7 @@ def _resident_peak() -> int:
 
 
 def compare(
-    specs: Sequence[dict[str, Any]], rounds: int, steps: int, huge_pages: bool
+    specs: Sequence[dict[str, Any]], rounds: int, steps: int
 ) -> tuple[dict[str, Result], list[str]]:
     """The step times of all contenders, in turns.
 
@@ -122,7 +130,6 @@ def compare(
       specs: of the workers, what contenders.py takes; the names must differ.
       rounds: turns of each.
       steps: of a turn.
-      huge_pages: ask malloc for huge pages.
 
     Returns:
       {name: its facts with `seconds` (the median), `all_seconds`, `peak_bytes` and
@@ -132,7 +139,7 @@ def compare(
     for spec in specs:
         say(f"{spec['model']}: {spec['contender']} compiles")
         try:
-            worker = Worker(spec, huge_pages)
+            worker = Worker(spec)
         except Absent as error:
             absent.append(f"{spec['contender']}: {error}")
             continue
@@ -196,9 +203,10 @@ def make_parser(name: str, doc: str | None, contenders: Iterable[str]) -> Argume
         help="folder examples/imagenet of a checkout of github.com/google/flax",
     )
     parser.add_argument(
-        "--huge_pages",
-        action="store_true",
-        help=f"start all contenders with GLIBC_TUNABLES={HUGE_PAGES}",
+        "--keep_memory",
+        nargs="*",
+        metavar="NAME",
+        help="start these contenders (alone: all) with the GLIBC_TUNABLES of the README",
     )
     parser.add_argument(
         "--json", metavar="FILE", type=Path, help="writes all numbers there"
@@ -212,6 +220,9 @@ def check_flags(flags: argparse.Namespace, contenders: Iterable[str]) -> None:
         if name not in contenders:
             allowed = ", ".join(contenders)
             raise UsageError(f"--contenders: {name!r} is not one of {allowed}")
+    for model in flags.models:
+        if model not in list_models():
+            raise unknown_name("--models", model, list_models())
     numbers = ("image_size", "rounds", "steps")
     for name in numbers:
         if getattr(flags, name) < 1:
@@ -307,9 +318,12 @@ def compare_each(
                 make_spec(task, name, model, batch_size, flags) | (more or {})
                 for name in flags.contenders
             ]
+            kept = flags.keep_memory
             for spec in specs:
-                spec["environment"] = environment or {}
-            results, absent = compare(specs, flags.rounds, flags.steps, flags.huge_pages)
+                spec["environment"] = dict(environment or {})
+                if kept is not None and (not kept or spec["contender"] in kept):
+                    spec["environment"]["GLIBC_TUNABLES"] = MALLOC
+            results, absent = compare(specs, flags.rounds, flags.steps)
             say("")
             size = f"{batch_size} images of {flags.image_size} px, {flags.dtype}"
             yield f"{model}, {task}, {size}", results, absent

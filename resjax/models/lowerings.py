@@ -117,9 +117,15 @@ def conv_as_products(
     if groups == 1:
         return _products(x, kernel, strides, size).astype(dtype)
     kernel = _join_groups(_split(kernel, groups))  # [G, k, k, C / G, D / G]
-    run = jax.vmap(partial(_products, strides=strides, size=size))
-    y = run(_split(x, len(kernel)), kernel)  # [G, B, H / s, W / s, D / G]
-    return jnp.moveaxis(y, 0, 3).reshape(*y.shape[1:4], -1).astype(dtype)
+
+    def run(x: jax.Array) -> jax.Array:
+        split = _split(x, len(kernel))  # [G, B, H, W, C / G]
+        y = jax.vmap(partial(_products, strides=strides, size=size))(split, kernel)
+        return jnp.moveaxis(y, 0, 3).reshape(*y.shape[1:4], -1)
+
+    if strides == 1:  # one image after another: what is moved about stays in the cache
+        return lax.map(lambda image: run(image[None])[0], x).astype(dtype)
+    return run(x).astype(dtype)
 
 
 def _split(x: jax.Array, groups: int) -> jax.Array:
@@ -171,8 +177,8 @@ def _products(x: jax.Array, kernel: jax.Array, strides: int, size: list[int]) ->
 def _multiply(x: jax.Array, matrix: jax.Array) -> jax.Array:
     """[N, K], [K, M] -> [N, M], in parts of N.
 
-    In the gradient of the matrix these are products of their own, to be added up; XLA:CPU is
-    up to twice as fast at them, and where such a product has more columns than rows.
+    In the gradient of the matrix these are products of their own, to be added up; XLA:CPU
+    is up to twice as fast at them, and where such a product has more columns than rows.
     """
     count, inputs = x.shape
     parts = math.gcd(count, 1 if count < 4096 else 2 if count < 65536 else 8)
