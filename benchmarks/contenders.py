@@ -60,7 +60,9 @@ def _run_jax(step: Callable[[Any], Any], state: Any, facts: dict[str, Any]) -> R
     def start() -> None:
         held[:] = step(held[0])
 
-    device = jax.devices()[0]
+    device, count = jax.devices()[0], jax.device_count()
+    if count > 1:
+        raise Absent(f"is timed on one device, and there are {count}")
     facts = {"device": device.device_kind, "platform": device.platform, **facts}
     return start, lambda: jax.block_until_ready(held), facts, _peak(device)
 
@@ -84,7 +86,7 @@ def measure_floor(spec: dict[str, Any], model: Any) -> dict[str, float]:
     """
     cpu = jax.default_backend() == "cpu"
     side, dtype = (4096 if cpu else 16384), jnp.dtype(spec["dtype"])
-    matrix = jnp.ones((side, side), dtype)
+    matrix = jax.random.normal(jax.random.key(0), (side, side), dtype)
     multiply = jax.jit(lambda x: x @ x)
     gflops = 2 * side**3 / _seconds(lambda: multiply(matrix)) / 1e9
     many = jnp.ones((2**26 if cpu else 2**29,), dtype)
@@ -108,6 +110,10 @@ def measure_floor(spec: dict[str, Any], model: Any) -> dict[str, float]:
         "gigabytes": gigabytes,
         "gigabytes_a_second": gigabytes_a_second,
     }
+
+
+def _floor(spec: dict[str, Any], model: Any) -> dict[str, Any]:
+    return {"floor": measure_floor(spec, model)} if spec.get("floor") else {}
 
 
 def _conv_values(model: Any, image_size: int) -> tuple[int, int]:
@@ -161,7 +167,7 @@ def _train(spec: dict[str, Any], model: Any, facts: dict[str, Any]) -> Run:
 def train_resjax(spec: dict[str, Any], **options: Any) -> Run:
     """The step that train.py runs: uint8 images in, its state donated."""
     model = _resjax_model(spec, **options)
-    return _train(spec, model, {} if options else {"floor": measure_floor(spec, model)})
+    return _train(spec, model, _floor(spec, model))
 
 
 class FlaxConv(nn.Module):
@@ -257,8 +263,7 @@ def train_flax_example(spec: dict[str, Any]) -> Run:
 def predict_resjax(spec: dict[str, Any], fold: bool = False) -> Run:
     """Logits of uint8 images, as eval.py computes them."""
     model = _resjax_model(spec)
-    facts = {} if not fold else {"floor": measure_floor(spec, model)}
-    return _predict(spec, model, fold, facts)
+    return _predict(spec, model, fold, _floor(spec, model))
 
 
 def predict_flax_modules(spec: dict[str, Any]) -> Run:
@@ -345,7 +350,9 @@ def _torch_parts(spec: dict[str, Any]) -> tuple[Any, ...]:
     images = images.contiguous(memory_format=torch.channels_last)
     half = spec["dtype"] != "float32"
     cast = partial(torch.autocast, device, getattr(torch, spec["dtype"]), enabled=half)
+    threads = torch.get_num_threads()
     facts = {"torch": torch.__version__, "source": source, "platform": device}
+    facts["threads"] = threads
     finish, peak = (lambda: None), None
     if device == "cuda":
         facts["device"] = torch.cuda.get_device_name()
@@ -416,7 +423,7 @@ PREDICT: dict[str, Contender] = {
     "flax modules": predict_flax_modules,
     "PyTorch": predict_torch,
     "PyTorch folded": partial(predict_torch, fold=True),
-    "PyTorch compiled": partial(predict_torch, compiled=True),
+    "PyTorch compiled": partial(predict_torch, fold=True, compiled=True),
 }
 TASKS = {"train": TRAIN | REMAT, "predict": PREDICT}
 

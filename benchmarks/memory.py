@@ -24,7 +24,7 @@ def main(arguments: list[str]) -> int:
     for title, results, absent in turns.compare_each("train", flags):
         print(f"{title} ({turns.machine(results)})")
         print(f"{'':<26}{'peak GiB':>12}{'ratio':>8}{'step s':>10}{'ratio':>8}")
-        first = next(iter(results.values()))
+        first = next(iter(results.values()), {})
         for name, facts in results.items():
             peak, seconds = facts["peak_bytes"], facts["seconds"]
             print(

@@ -1,10 +1,12 @@
 """Contenders in processes of their own, which take turns, so that drift hits all alike.
 
-A worker builds its contender (contenders.py), is warm after three steps and then runs so
-many whenever it is asked, while the others wait. What counts are ratios of medians.
+A worker builds its contender (contenders.py) and then, whenever it is asked, makes a step
+to get warm and so many that are timed, while the others wait. The first turn does not count.
+What counts are ratios of medians.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -19,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from resjax import list_models
-from resjax.config import ArgumentParser, RunError, UsageError, unknown_name
+from resjax.config import ArgumentParser, UsageError, unknown_name
 
 ROOT = Path(__file__).resolve().parent.parent
 # For malloc, which reads it when a process starts: huge pages, and what was freed is kept.
@@ -27,7 +29,6 @@ MALLOC = ":".join(
     f"glibc.malloc.{name}"
     for name in ("hugetlb=1", "arena_max=1", "mmap_max=0", "trim_threshold=1000000000000")
 )
-WARM = 3  # steps of a worker before the first turn
 Result = dict[str, Any]
 
 
@@ -47,14 +48,16 @@ class Worker:
     def __init__(self, spec: dict[str, Any]) -> None:
         own = {
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # they share the memory of a GPU,
-            "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0"),  # of one
+            "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[
+                0
+            ],
         }
-        self.name = spec["contender"]
+        self.name, self.environment = spec["contender"], spec.get("environment", {})
         start = time.perf_counter()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.contenders", json.dumps(spec)],
             cwd=ROOT,
-            env={**os.environ, **own, **spec.get("environment", {})},
+            env={**os.environ, **own, **self.environment},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -68,8 +71,9 @@ class Worker:
     def ask(self, steps: int) -> dict[str, Any]:
         """After so many steps: `seconds` of one, on average, `peak_bytes` of memory."""
         assert self._process.stdin
-        self._process.stdin.write(f"{steps}\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(f"{steps}\n")
+            self._process.stdin.flush()
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:
@@ -77,7 +81,7 @@ class Worker:
         for line in self._process.stdout:
             if line.startswith("{"):
                 return json.loads(line)
-        raise RunError(f"{self.name} ended with exit code {self._process.wait()}")
+        raise Absent(f"ended with exit code {self._process.wait()}")
 
     def close(self) -> None:
         """Ends the process."""
@@ -107,7 +111,7 @@ def serve(
         finish()
         return (time.perf_counter() - start) / (calls * per_call)
 
-    print(json.dumps({**facts, "first_seconds": run(1)}), flush=True)
+    print(json.dumps({**facts, "first_seconds": run(1) * per_call}), flush=True)
     for line in sys.stdin:
         run(
             1
@@ -144,13 +148,18 @@ def compare(
             absent.append(f"{spec['contender']}: {error}")
             continue
         workers.append(worker)
-        if rounds:
-            worker.ask(WARM - 1)
     answers: dict[str, list[dict[str, Any]]] = {worker.name: [] for worker in workers}
-    for turn in range(rounds):
-        for worker in workers:
-            say(f"{specs[0]['model']}: turn {turn + 1} of {rounds}, {worker.name}")
-            answers[worker.name].append(worker.ask(steps))
+    for turn in range(rounds + 1 if rounds else 0):
+        for worker in list(workers):
+            say(f"{specs[0]['model']}: turn {turn} of {rounds}, {worker.name}")
+            try:
+                answer = worker.ask(steps)
+            except Absent as error:
+                absent.append(f"{worker.name}: {error}")
+                workers.remove(worker)
+                continue
+            if turn:
+                answers[worker.name].append(answer)
     results = {}
     for worker in workers:
         worker.close()
@@ -158,6 +167,7 @@ def compare(
         times = [answer["seconds"] for answer in own]
         results[worker.name] = {
             **worker.facts,
+            "environment": worker.environment,
             "batch_size": specs[0]["batch_size"],
             "launch_seconds": worker.launch_seconds,
             "seconds": statistics.median(times) if times else math.nan,
@@ -227,6 +237,11 @@ def check_flags(flags: argparse.Namespace, contenders: Iterable[str]) -> None:
     for name in numbers:
         if getattr(flags, name) < 1:
             raise UsageError(f"--{name}: {getattr(flags, name)} is not 1 or more")
+    for name in flags.keep_memory or ():
+        if name not in flags.contenders:
+            raise UsageError(f"--keep_memory: {name!r} is not one of the contenders")
+    if len(set(flags.contenders)) < len(flags.contenders):
+        raise UsageError("--contenders: a name is there twice")
     if min(flags.batch_size) < 1:
         raise UsageError(f"--batch_size: {min(flags.batch_size)} is not 1 or more")
     if flags.json and not flags.json.resolve().parent.is_dir():
@@ -282,12 +297,13 @@ def format_times(title: str, results: dict[str, Result], absent: Sequence[str]) 
     for name, facts in results.items():
         seconds, images = facts["seconds"], facts["batch_size"]
         share = f"{100 * floor['seconds'] / seconds:6.0f} %" if floor else ""
+        name += " *" if "GLIBC_TUNABLES" in facts["environment"] else ""
         lines.append(
             f"{name:<26}{facts['first_seconds']:12.1f}{seconds:10.4f}"
             f"{images / seconds:10.1f}{seconds / first:8.2f}{share:>8}"
         )
     lines += [f"{line} (skipped)" for line in absent]
-    lines.append("ratio: times as long as the first")
+    lines.append("ratio: times as long as the first; * keeps its memory (GLIBC_TUNABLES)")
     if floor:
         lines.append(
             f"floor: {floor['seconds']:.4f} s, all {floor['gflop']:.0f} GFLOP at "
@@ -336,8 +352,8 @@ def time_steps(
     flags = make_parser(script, doc, names).parse_args(arguments)
     check_flags(flags, names)
     tables = {}
-    for title, results, absent in compare_each(task, flags):
+    for title, results, absent in compare_each(task, flags, more={"floor": True}):
         print(format_times(title, results, absent), flush=True)
         tables[title] = results
-    write_json(flags.json, tables)
+        write_json(flags.json, tables)  # what is measured is not lost with what follows
     return 0

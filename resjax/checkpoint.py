@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from safetensors import numpy as safetensors
 
 from resjax.config import UsageError
 
@@ -100,6 +99,8 @@ def _name(path: Any) -> str:
 
 def to_files(record: dict[str, Any], arrays: dict[str, Arrays]) -> dict[str, bytes]:
     """The files of a checkpoint by their names; `record` gains what reading checks."""
+    from safetensors import numpy as safetensors
+
     described = {item: _describe(arrays[item]) for item in ITEMS}
     record = {"format": FORMAT, **record, "arrays": described}
     record = {"digest": _digest(record), **record}
@@ -133,6 +134,8 @@ def read_directory(path: epath.Path, items: Sequence[str] = ITEMS) -> Checkpoint
       DamagedError: a file is missing, cut off or changed.
       UsageError: it is of a newer format, or cannot be read at the moment.
     """
+    from safetensors import numpy as safetensors
+
     try:
         if (path / "record").is_dir():
             return _read_format_1(path, items)

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from resjax import hosts
 from resjax.loop import Hook, Waits
@@ -173,6 +172,8 @@ def make_progress_hook(bar: Any, log: TrainLog) -> Hook:
 
 def progress_bar(num_images: int, done: int, what: str) -> Any:
     """A bar on standard error with images/s and time left; none if that is no terminal."""
+    from tqdm import tqdm
+
     return tqdm(
         total=num_images,
         initial=done,

@@ -14,7 +14,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import IO, Any
 
 from etils import epath
-from tqdm import tqdm
 
 from resjax import config as configs
 from resjax import hosts
@@ -27,6 +26,8 @@ def say(text: str) -> None:
     """Prints a line to standard output, above a progress bar if there is one."""
     if not hosts.is_main():
         return
+    from tqdm import tqdm
+
     tqdm.write(text, file=sys.stdout)
     sys.stdout.flush()
 
@@ -34,6 +35,8 @@ def say(text: str) -> None:
 def warn(text: str) -> None:
     """Prints a line to standard error, above a progress bar if there is one."""
     if hosts.is_main():
+        from tqdm import tqdm
+
         tqdm.write(f"warning: {text}", file=sys.stderr)
         sys.stderr.flush()
 

@@ -108,8 +108,10 @@ def conv_as_products(
     added up: both sides grow k times, no side k * k times as by the windows themselves.
     Small groups of channels are joined into larger ones by zeros in the kernel.
 
-    Below float32, it is computed in float32 and rounded once.
+    Below float32, it is computed in float32 and rounded once. Where several groups are one,
+    an infinite value in one of them makes the others NaN.
     """
+    jax.eval_shape(partial(plain_conv, strides=strides, groups=groups), x, kernel)  # checks
     dtype = x.dtype
     if dtype.itemsize < 4:
         x, kernel = x.astype(jnp.float32), kernel.astype(jnp.float32)
@@ -207,7 +209,7 @@ def _moved(
 
 def max_pool(x: jax.Array, size: int, strides: int) -> jax.Array:
     """`plain_max_pool` in the form that suits the platform."""
-    if jax.default_backend() == "cpu" and size % 2:
+    if jax.default_backend() == "cpu" and size % 2 and size**2 < 128:  # in an int8
         return _max_pool_on_cpu(x, size, strides)
     return plain_max_pool(x, size, strides)
 

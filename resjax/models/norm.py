@@ -87,7 +87,6 @@ class BatchNorm(nn.Module):
             mean, var = running_mean.value, running_var.value  # [C]
         else:
             parts, mean, var, count = self._moments(parts)  # [P, p, ..., C], [P, 1, ..., C]
-            mean, var = checkpoint_name((mean, var), "moments")
             if count < 2:
                 raise ValueError("batch statistics need more than one value a channel")
             if update_stats and not self.is_initializing():
@@ -117,9 +116,10 @@ class BatchNorm(nn.Module):
         part = math.gcd(size, local)
         x = x.reshape(-1, part, *x.shape[1:])
         axes = tuple(range(1, x.ndim - 1))
-        mean = x.mean(axes, keepdims=True)
+        mean = checkpoint_name(x.mean(axes, keepdims=True), "moments")
         origin = lax.stop_gradient(mean)
         var = jnp.square(x - origin).mean(axes, keepdims=True) - jnp.square(mean - origin)
+        var = checkpoint_name(var, "moments")
         if size > part:
             mean, var = self._join(mean, var, size // part, devices)
         return x, mean, var, size * math.prod(x.shape[2:-1])
@@ -141,6 +141,7 @@ class BatchNorm(nn.Module):
             axis_index_groups=neighbours,
             tiled=True,
         )  # [2, joined * P, ...]
+        moments = checkpoint_name(moments, "moments")
         means, variances = moments.reshape(2, -1, group, *mean.shape[1:])
         mean = means.mean(axis=1)  # [G, ...]
         var = (variances + jnp.square(means - mean[:, None])).mean(axis=1)

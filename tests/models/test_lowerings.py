@@ -224,3 +224,26 @@ def test_max_pooling_has_higher_derivatives():
         return jax.jvp(jax.grad(own), (x,), (jnp.cos(x),))[1]
 
     np.testing.assert_allclose(of(lowerings.max_pool), of(plain_max_pool), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "inputs, kernel, groups",
+    [
+        (8, (1, 1, 4, 8), 1),
+        (9, (3, 3, 2, 8), 4),
+        (8, (3, 3, 1, 8), 4),
+        (4, (3, 3, 8, 8), 1),
+    ],
+)
+def test_channels_that_do_not_fit_are_refused_as_by_the_plain_form(inputs, kernel, groups):
+    x, kernel = jnp.ones((2, 8, 8, inputs)), jnp.ones(kernel)
+    for form in (plain_conv, lowerings.conv):
+        with pytest.raises((TypeError, ValueError)):
+            form(x, kernel, 1, groups)
+
+
+def test_a_window_of_many_pixels_has_a_gradient():
+    x = jnp.asarray(draw(0, 1, 20, 20, 1), jnp.float32)
+    actual = jax.grad(lambda x: lowerings.max_pool(x, 13, 2).sum())(x)
+    expected = jax.grad(lambda x: plain_max_pool(x, 13, 2).sum())(x)
+    np.testing.assert_array_equal(actual, expected)
