@@ -1,7 +1,7 @@
 """Contenders in processes of their own, which take turns, so that drift hits all alike.
 
 A worker builds its contender (contenders.py) and then, whenever it is asked, makes a step
-to get warm and so many that are timed, while the others wait. The first turn does not count.
+to get warm and so many that are timed, while others wait. The first turn does not count.
 What counts are ratios of medians.
 """
 
