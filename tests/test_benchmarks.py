@@ -3,6 +3,8 @@
 import importlib
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 
@@ -12,7 +14,7 @@ from conftest import ROOT
 from jax import numpy as jnp
 
 import resjax
-from benchmarks import contenders
+from benchmarks import contenders, turns
 from resjax.config import UsageError
 from resjax.models import resnet
 
@@ -105,3 +107,16 @@ def test_the_net_of_flax_modules_computes_what_resjax_does(monkeypatch):
     actual, _ = ours.apply(own, images, train=True, mutable=["batch_stats"])
     expected, _ = theirs.apply(variables, images, train=True, mutable=["batch_stats"])
     assert jnp.abs(actual - expected).max() < 1e-4 * jnp.abs(expected).max()
+
+
+def test_the_commands_of_the_readme_parse(monkeypatch):
+    monkeypatch.setattr(turns, "compare_each", lambda *args, **kwargs: [])
+    monkeypatch.setattr(turns, "say", lambda text: None)
+    text = (ROOT / "README.md").read_text()
+    commands = re.findall(r"^python -m benchmarks\.(\w+)(.*)$", text, re.MULTILINE)
+    own = [(name, words) for name, words in commands if name in SCRIPTS]
+    assert {name for name, _ in own} == set(SCRIPTS)
+    for name, words in own:
+        script = importlib.import_module(f"benchmarks.{name}")
+        assert script.main(shlex.split(words)) == 0
+    assert turns.MALLOC in text
