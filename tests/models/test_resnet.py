@@ -325,10 +325,10 @@ def test_rematerialisation_keeps_less_and_changes_no_number(name):
     by_blocks, least, blocks_kept = run("blocks")
     assert_trees_close(by_convs, expected)
     assert_trees_close(by_blocks, expected)
-    assert blocks_kept < 0.8 * convs_kept < 0.4 * all_kept
+    assert blocks_kept < 0.9 * convs_kept and convs_kept < 0.5 * all_kept
     # XLA:CPU drops the barriers before it orders the program, and may compute early what
     # is to be computed late; not so in a loop.
-    assert least < 0.9 * less and least < 0.9 * memory and less < 1.01 * memory
+    assert least < 0.9 * less and least < 0.9 * memory and less < 1.1 * memory
 
 
 @pytest.mark.parametrize("remat", ["blocks", "convs"])
