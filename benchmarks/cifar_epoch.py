@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> int:
             minutes = facts["seconds"] * SCHEDULE / 60
             print(f"{name:<26}{epoch:12.2f}{minutes:12.1f} min")
         tables[title] = results
-    turns.write_json(flags.json, tables)
+        turns.write_json(flags.json, tables)
     return 0
 
 

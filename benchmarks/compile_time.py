@@ -22,6 +22,7 @@ def main(arguments: list[str]) -> int:
     turns.check_flags(flags, names)
     flags.rounds = 0
     tables: dict[str, dict[str, turns.Result]] = {}
+    skipped: dict[str, list[str]] = {}
     with tempfile.TemporaryDirectory() as folder:
         cache = {
             "JAX_COMPILATION_CACHE_DIR": folder,
@@ -32,14 +33,14 @@ def main(arguments: list[str]) -> int:
         for start in STARTS:
             for title, results, absent in turns.compare_each("train", flags, cache):
                 tables.setdefault(title, {})[start] = results
-                tables[title]["absent"] = {line: {} for line in absent}
+                skipped[title] = absent
     for title, starts in tables.items():
         print(f"{title} ({turns.machine(starts[STARTS[0]])})")
         print(f"{'seconds from launch':<26}{'anew':>12}{'from disk':>12}{'ratio':>8}")
         for name in starts[STARTS[0]]:
             anew, disk = (starts[start][name]["launch_seconds"] for start in STARTS)
             print(f"{name:<26}{anew:12.1f}{disk:12.1f}{anew / disk:8.1f}")
-        print("\n".join(f"{line} (skipped)" for line in starts["absent"]))
+        print("\n".join(f"{line} (skipped)" for line in skipped[title]))
     turns.write_json(flags.json, tables)
     return 0
 

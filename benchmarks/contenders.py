@@ -350,9 +350,8 @@ def _torch_parts(spec: dict[str, Any]) -> tuple[Any, ...]:
     images = images.contiguous(memory_format=torch.channels_last)
     half = spec["dtype"] != "float32"
     cast = partial(torch.autocast, device, getattr(torch, spec["dtype"]), enabled=half)
-    threads = torch.get_num_threads()
     facts = {"torch": torch.__version__, "source": source, "platform": device}
-    facts["threads"] = threads
+    facts["threads"] = torch.get_num_threads()
     finish, peak = (lambda: None), None
     if device == "cuda":
         facts["device"] = torch.cuda.get_device_name()

@@ -21,7 +21,7 @@ import jax
 from etils import epath
 
 from benchmarks import resident, turns
-from resjax import build, build_data, hooks, loop, records
+from resjax import build, build_data, hooks, loop, records, training
 from resjax.config import (
     ArgumentParser,
     Config,
@@ -37,14 +37,7 @@ def train_loop(
 ) -> Any:
     """The state after so many dispatches of `loop.fit`, with the hooks of every step."""
     waits = loop.Waits()
-    log = hooks.TrainLog(
-        write=write,
-        every=config.log_every_steps,
-        epochs_per_step=config.batch_size / run.num_examples,
-        learning_rates=run.learning_rates,
-        images_per_step=config.batch_size,
-        waits=waits,
-    )
+    log = training.make_log(config, run, write, waits, window={})
     with hooks.progress_bar(run.num_steps * config.batch_size, 0, "training") as bar:
         own: Any = [log, hooks.make_progress_hook(bar, log)]
         return loop.fit(run.train_step, state, dispatches, own, waits=waits)

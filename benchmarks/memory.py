@@ -10,8 +10,8 @@ included. A turn of two steps is enough; the times are what remat costs.
 from benchmarks import contenders, turns
 from resjax.config import run_command
 
-NAMES = {name: contenders.TRAIN[name] for name in ("resjax",)} | contenders.REMAT
-NAMES |= {name: run for name, run in contenders.TRAIN.items() if name != "resjax"}
+_first, *_others = contenders.TRAIN
+NAMES = (_first, *contenders.REMAT, *_others)
 
 
 def main(arguments: list[str]) -> int:
@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
             )
         print("\n".join(f"{line} (skipped)" for line in absent))
         tables[title] = results
-    turns.write_json(flags.json, tables)
+        turns.write_json(flags.json, tables)
     return 0
 
 

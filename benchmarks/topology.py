@@ -29,7 +29,6 @@ All runs are on the CPU, on forced host devices.
 
 import csv
 import functools
-import importlib
 import os
 import socket
 import subprocess
@@ -48,6 +47,8 @@ from etils import epath
 from flax import linen as nn
 from tqdm import tqdm
 
+from benchmarks import contenders
+from benchmarks.turns import Absent
 from resjax import build, build_data, records
 from resjax.config import (
     ArgumentParser,
@@ -111,7 +112,6 @@ LOOKS = {
     "2 devices, per-device statistics": ("C4", 1.2, "-"),
     "8 devices, per-device statistics": ("k", 1.2, "-"),
 }
-STAND_INS = ("clu", "input_pipeline", "ml_collections", "tensorflow", "tensorflow_datasets")
 BATCH_NORM = nn.BatchNorm
 TITLES = {
     "resjax": "resjax: one config, devices are not part of it",
@@ -150,17 +150,10 @@ def train(config: Path, workdir: Path, devices: int, hosts: int, flags: list) ->
 
 def load_flax_example(folder: Path) -> tuple[Any, Any]:
     """Its modules (models, train); raises `UsageError` if they are not there."""
-    for name in ("models.py", "train.py"):
-        if not (folder / name).is_file():
-            raise UsageError(f"--flax_example: there is no {folder / name}; see --help")
-    # What train.py imports to read ImageNet and to log, and the step does not use, gets a
-    # stand-in, installed or not. This module would look into TensorFlow's, so it is first.
-    importlib.import_module("flax.training.checkpoints")
-    stand_ins = {name: mock.MagicMock() for name in STAND_INS}
-    path = [str(folder), *sys.path]
-    with mock.patch.dict(sys.modules, stand_ins), mock.patch.object(sys, "path", path):
-        models: Any = importlib.import_module("models")
-        train: Any = importlib.import_module("train")
+    try:
+        models, train = contenders.load_flax_example(folder)
+    except Absent as error:
+        raise UsageError(f"--flax_example: {error}; see --help") from error
     train.NUM_CLASSES = 10  # its only constant, and ImageNet's
     return models, train
 

@@ -46,11 +46,10 @@ class Worker:
     """
 
     def __init__(self, spec: dict[str, Any]) -> None:
+        first, *_ = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")
         own = {
-            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # they share the memory of a GPU,
-            "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[
-                0
-            ],
+            "CUDA_VISIBLE_DEVICES": first,
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # they share its memory
         }
         self.name, self.environment = spec["contender"], spec.get("environment", {})
         start = time.perf_counter()
@@ -113,9 +112,7 @@ def serve(
 
     print(json.dumps({**facts, "first_seconds": run(1) * per_call}), flush=True)
     for line in sys.stdin:
-        run(
-            1
-        )  # what the machine took back in the meantime, memory and caches, is there again
+        run(1)  # the machine may have taken memory and caches back in the meantime
         seconds = run(math.ceil(int(line) / per_call))
         peak = peak_bytes() if peak_bytes else _resident_peak()
         print(json.dumps({"seconds": seconds, "peak_bytes": peak}), flush=True)

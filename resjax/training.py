@@ -284,6 +284,25 @@ def stored_window(config: Config, latest: Checkpoint | None) -> dict[str, float]
     return latest.record.get("window", {})
 
 
+def make_log(
+    config: Config,
+    run: build.Run,
+    write: Callable[[records.Record], None],
+    waits: loop.Waits,
+    window: dict[str, float],
+) -> hooks.TrainLog:
+    """The hook that logs a run, from the `stored_window` on."""
+    return hooks.TrainLog(
+        write=write,
+        every=config.log_every_steps,
+        epochs_per_step=config.batch_size / run.num_examples,
+        learning_rates=run.learning_rates,
+        images_per_step=config.batch_size,
+        waits=waits,
+        window=window,
+    )
+
+
 def _fit(
     config: Config,
     run: build.Run,
@@ -303,15 +322,7 @@ def _fit(
         write = stack.enter_context(records.open_metrics(workdir, start_step))
         images, done = (n * config.batch_size for n in (run.num_steps, start_step))
         bar = stack.enter_context(hooks.progress_bar(images, done, "training"))
-        log = hooks.TrainLog(
-            write=write,
-            every=config.log_every_steps,
-            epochs_per_step=config.batch_size / run.num_examples,
-            learning_rates=run.learning_rates,
-            images_per_step=config.batch_size,
-            waits=waits,
-            window=window,
-        )
+        log = make_log(config, run, write, waits, window)
         failures: list[Exception] = []
         wants_stop, should_stop = _make_stopping(stop, failures)
         evaluate = _make_evaluation(

@@ -14,12 +14,15 @@ kernels, and longer than need be for 1x1 and grouped convolutions. In their plac
   select-and-scatter.
 """
 
+import functools
 import math
+import operator
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
@@ -89,7 +92,7 @@ def _derivative(strides: int, primals: Any, tangents: Any) -> Any:
             terms.append(plain_conv(dx, kernel, more_rows=(0, -1)))
     if not isinstance(dkernel, SymbolicZero):
         terms.append(conv_as_products(x, dkernel, strides))
-    return _dense_conv(x, kernel, strides), sum(terms[1:], start=terms[0])
+    return _dense_conv(x, kernel, strides), _sum(terms)
 
 
 _dense_conv.defjvp(_derivative, symbolic_zeros=True)
@@ -166,14 +169,14 @@ def _products(x: jax.Array, kernel: jax.Array, strides: int, size: list[int]) ->
             if column < x.shape[2]
             for j, ahead in places
         ]
-        pixels = sum(beside[1:], start=beside[0])  # [B, H / s, W / s, k * C]
+        pixels = _sum(beside)  # [B, H / s, W / s, k * C]
         part = jnp.stack([kernel[i] for i, _ in rows], axis=2)  # [k, C, rows, D]
         y = _multiply(pixels.reshape(-1, k * inputs), part.reshape(k * inputs, -1))
         y = y.reshape(*pixels.shape[:3], -1)
         for n, (_, ahead) in enumerate(rows):
             term = y[..., n * outputs : (n + 1) * outputs]
             terms.append(_moved(term, 1, ahead, size[0], 0, outputs))
-    return sum(terms[1:], start=terms[0])
+    return _sum(terms)
 
 
 def _multiply(x: jax.Array, matrix: jax.Array) -> jax.Array:
@@ -192,6 +195,11 @@ def _multiply(x: jax.Array, matrix: jax.Array) -> jax.Array:
         return jnp.einsum("pnk,pmk->pnm", x, many).reshape(count, -1)
     many = jnp.broadcast_to(matrix, (parts, *matrix.shape))
     return jnp.einsum("pnk,pkm->pnm", x, many).reshape(count, -1)
+
+
+def _sum(terms: list[jax.Array]) -> jax.Array:
+    """Of at least one term."""
+    return functools.reduce(operator.add, terms)
 
 
 def _moved(
@@ -217,14 +225,7 @@ def max_pool(x: jax.Array, size: int, strides: int) -> jax.Array:
 def plain_max_pool(x: jax.Array, size: int, strides: int) -> jax.Array:
     """XLA's own: [B, H, W, C] -> [B, ceil(H / strides), ceil(W / strides), C], odd size."""
     pad = (size - 1) // 2
-    return lax.reduce_window(
-        x,
-        -jnp.inf,
-        lax.max,
-        window_dimensions=(1, size, size, 1),
-        window_strides=(1, strides, strides, 1),
-        padding=[(0, 0), (pad, pad), (pad, pad), (0, 0)],
-    )
+    return nn.max_pool(x, (size, size), (strides, strides), [(pad, pad), (pad, pad)])
 
 
 _max_pool_on_cpu = jax.custom_jvp(plain_max_pool, nondiff_argnums=(1, 2))
@@ -239,12 +240,10 @@ def _derivative_of_max_pool(size: int, strides: int, primals: Any, tangents: Any
     for n, pixel in enumerate(others, start=1):
         winner = jnp.where(pixel > largest, jnp.int8(n), winner)
         largest = jnp.maximum(pixel, largest)
-    winner = lax.optimization_barrier(
-        winner
-    )  # is kept; not found once more where it is used
+    winner = lax.optimization_barrier(winner)  # is kept, and not found once more
     changes = enumerate(_window_pixels(dx, size, strides, 0))
     terms = [jnp.where(winner == n, change, 0) for n, change in changes]
-    return largest, sum(terms[1:], start=terms[0])
+    return largest, _sum(terms)
 
 
 def _window_pixels(x: jax.Array, size: int, strides: int, fill: float) -> list[jax.Array]:
