@@ -7,9 +7,11 @@ in both directions and of any order.
 XLA:CPU of jaxlib 0.10 takes up to a hundred times as long as need be for gradients of
 kernels, and longer than need be for 1x1 and grouped convolutions. In their place stand
 
-- matrix products, for 1x1 and grouped convolutions and for the gradients of all kernels;
-- for 3x3 a convolution with a row of output too many: XLA gives others to a library that
-  is slower than its own code, but not those whose output is larger than their input;
+- matrix products, for 1x1, grouped and strided 3x3 convolutions and for the gradients of
+  all kernels;
+- for 3x3 without a stride a convolution with a row of output too many: XLA gives others to
+  a library that is slower than its own code, but not those whose output is larger than
+  their input;
 - for max pooling the number of the window's first largest value, in place of a
   select-and-scatter.
 """
@@ -68,7 +70,7 @@ def plain_conv(
 
 @partial(jax.jit, static_argnums=(2, 3), inline=True)  # layers of one shape are traced once
 def _conv_on_cpu(x: jax.Array, kernel: jax.Array, strides: int, groups: int) -> jax.Array:
-    if len(kernel) == 1 or groups > 1:
+    if len(kernel) == 1 or groups > 1 or (len(kernel) == 3 and strides > 1):
         return conv_as_products(x, kernel, strides, groups)
     return _dense_conv(x, kernel, strides)
 
