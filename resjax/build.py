@@ -35,7 +35,8 @@ class Run:
       init_state: () -> the replicated state before the first update.
       train_step: (state, batch) -> (state, sums), on all devices; state is donated. If
         they hold the training set, it makes several updates and gives a tuple of sums.
-      eval_step: (variables, batch) -> sums, on all devices.
+      eval_step: (variables, batch) -> sums, on all devices; a compiled function of jax's,
+        so that it can be lowered without being run.
       train_batches: (start_step, wants_stop) -> what train_step takes, from that update
         to the end; the batches of several hosts tell each other when wants_stop().
       eval_batches: (wants_stop) -> the sharded batches of the test split, each example
@@ -52,7 +53,7 @@ class Run:
 
     init_state: Callable[[], TrainState]
     train_step: Callable[[TrainState, Any], tuple[TrainState, Any]]
-    eval_step: Callable[[Any, Batch], Any]
+    eval_step: Any  # a jax.stages.Wrapped
     train_batches: Callable[..., Iterator[Any]]
     eval_batches: Callable[..., Iterable[Batch]]
     num_steps: int

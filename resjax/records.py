@@ -160,6 +160,18 @@ def _locked(workdir: epath.Path, create: bool = True) -> Iterator[IO | None]:
 
 
 @contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+    """Hides what tensorboardX imports where it is installed, a second for nothing."""
+    hidden: dict[str, Any] = {} if "torch" in sys.modules else {"torch": None}
+    sys.modules.update(hidden)
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]
+
+
+@contextlib.contextmanager
 def open_metrics(
     workdir: epath.Path, start_step: int
 ) -> Iterator[Callable[[Record], None]]:
@@ -169,9 +181,10 @@ def open_metrics(
     are removed.
     """
     # Not SummaryWriter, whose thread dies on a full disk, and the run with it, silently.
-    from tensorboardX.event_file_writer import EventsWriter
-    from tensorboardX.proto.event_pb2 import Event, SessionLog
-    from tensorboardX.proto.summary_pb2 import Summary
+    with _without_torch():
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.proto.summary_pb2 import Summary
 
     if not hosts.is_main():
         yield lambda record: None

@@ -2,9 +2,12 @@
 
 import json
 import os
+import subprocess
+import sys
 from contextlib import nullcontext
 
 import pytest
+from conftest import ROOT
 from etils import epath
 from tensorboardX.proto.event_pb2 import Event
 
@@ -64,6 +67,25 @@ def test_tensorboard_events_hold_the_scalars(workdir):
         data = data[size + 16 :]
     assert scalars[("test/loss", 3)] == 0.5
     assert scalars[("test/top1", 3)] == 50.0
+
+
+def test_an_installed_torch_is_not_imported(tmp_path):
+    (tmp_path / "torch.py").write_text("raise SystemError('imported')")
+    program = (
+        "import sys; from etils import epath; from resjax import records\n"
+        f"with records.open_metrics(epath.Path({str(tmp_path)!r}), 0): pass\n"
+        "assert 'torch' not in sys.modules\n"
+        "import torch"  # is found again, by whoever wants it
+    )
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr.splitlines()[-1] == "SystemError: imported"
+    assert list(tmp_path.glob("events*"))
 
 
 def test_json_is_written_whole(workdir):
