@@ -167,7 +167,7 @@ def compare(
             "environment": worker.environment,
             "batch_size": specs[0]["batch_size"],
             "launch_seconds": worker.launch_seconds,
-            "seconds": statistics.median(times) if times else math.nan,
+            "seconds": statistics.median(times) if times else None,
             "all_seconds": times,
             "peak_bytes": max((answer["peak_bytes"] for answer in own), default=0),
         }
@@ -230,19 +230,26 @@ def check_flags(flags: argparse.Namespace, contenders: Iterable[str]) -> None:
     for model in flags.models:
         if model not in list_models():
             raise unknown_name("--models", model, list_models())
-    numbers = ("image_size", "rounds", "steps")
-    for name in numbers:
-        if getattr(flags, name) < 1:
-            raise UsageError(f"--{name}: {getattr(flags, name)} is not 1 or more")
+    _check_numbers(flags)
     for name in flags.keep_memory or ():
         if name not in flags.contenders:
             raise UsageError(f"--keep_memory: {name!r} is not one of the contenders")
     if len(set(flags.contenders)) < len(flags.contenders):
         raise UsageError("--contenders: a name is there twice")
-    if min(flags.batch_size) < 1:
-        raise UsageError(f"--batch_size: {min(flags.batch_size)} is not 1 or more")
     if flags.json and not flags.json.resolve().parent.is_dir():
         raise UsageError(f"--json: there is no folder {flags.json.parent}")
+
+
+def _check_numbers(flags: argparse.Namespace) -> None:
+    for name in ("image_size", "rounds", "steps"):
+        if getattr(flags, name) < 1:
+            raise UsageError(f"--{name}: {getattr(flags, name)} is not 1 or more")
+    if min(flags.batch_size) < 1:
+        raise UsageError(f"--batch_size: {min(flags.batch_size)} is not 1 or more")
+    group = flags.virtual_batch_size
+    for size in flags.batch_size:
+        if group < 0 or (group and size % group):
+            raise UsageError(f"--virtual_batch_size: {group} does not divide {size} images")
 
 
 def make_spec(

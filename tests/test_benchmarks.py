@@ -45,6 +45,10 @@ def test_the_help_has_an_example(name, capsys):
         (["--contenders", "tensorflow"], "--contenders: 'tensorflow' is not one of resjax"),
         (["--rounds=0"], "--rounds: 0 is not 1 or more"),
         (["--batch_size", "32", "0"], "--batch_size: 0 is not 1 or more"),
+        (
+            ["--batch_size=32", "--virtual_batch_size=24"],
+            "--virtual_batch_size: 24 does not divide 32 images",
+        ),
         (["--json=nowhere/x.json"], "--json: there is no folder nowhere"),
         (["--models", "resnet5"], "--models: there is no 'resnet5'; did you mean"),
     ],
