@@ -1,12 +1,16 @@
 """One update against the same update written out, on one device and on eight."""
 
+import sys
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from conftest import ROOT
 
+import resjax
 from resjax import checkpoint, loop, optim, parallel, steps
 from resjax.initializers import init
 from resjax.loss_scale import init_loss_scale
@@ -357,6 +361,74 @@ def test_a_frozen_update_is_that_of_the_layers_above_on_what_is_below():
     jax.tree.map(close, {name: state.params[name] for name in upper}, params)
     jax.tree.map(close, state.batch_stats["stage2"]["block1"], new_stats)
     np.testing.assert_allclose(sums["loss"] / BATCH, loss, rtol=1e-5)
+
+
+@pytest.mark.peers
+def test_fine_tuning_with_all_fields_is_that_of_pytorch():
+    """A frozen stem and stage1, a faster head, smoothed labels, averages; three updates."""
+    sys.path.insert(0, str(ROOT / "tests" / "golden"))
+    import make_torch_golden
+    import torch
+
+    _operators = make_torch_golden.declare_torchvision_operators()
+    from torchvision.models import resnet
+
+    net = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=CLASSES)
+    options = {"num_classes": CLASSES, "stage_sizes": (1, 1, 1, 1)}
+    norm = partial(BatchNorm, axis_name=parallel.AXIS)
+    model = resjax.create_model("resnet18", norm=norm, **options)
+    variables = trained_variables(resjax.create_model("resnet18", **options))
+    to_torch = partial(resjax.to_torch, model="resnet18", stage_sizes=(1, 1, 1, 1))
+    state = {name: torch.tensor(array) for name, array in to_torch(variables).items()}
+    net.load_state_dict(state, strict=False)
+    net = net.double().train()
+    frozen = [net.conv1, net.bn1, net.layer1]
+    for module in frozen:
+        module.eval().requires_grad_(False)
+    groups = [
+        {
+            "params": [w],
+            "lr": 0.1 * (5 if name.startswith("fc") else 1),
+            "weight_decay": DECAY * (w.ndim > 1 or name == "fc.bias"),
+        }
+        for name, w in net.named_parameters()
+        if w.requires_grad
+    ]
+    sgd = torch.optim.SGD(groups, momentum=0.9, nesterov=True)
+    # At a decay of 0.1 ours is the same from the first update on.
+    move = torch.optim.swa_utils.get_ema_multi_avg_fn(0.1)
+    averaged = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=move, use_buffers=True)
+    averaged.update_parameters(net)  # the copy at the start
+
+    tx = optim.sgd(lambda step: jnp.float32(0.1), 0.9, True, DECAY)
+    tx = optax.chain(tx, optim.scale_head(5.0))
+    step = steps.make_train_step(
+        model, tx, to_float, BATCH, label_smoothing=0.1, ema_decay=0.1, freeze_at=2
+    )
+    ours = steps.create_state(variables, tx, None, True, frozen_layers(model, 2))
+    mapped = on_devices(step, 2)
+    for seed in range(3):
+        batch = random_batch(seed)
+        batch["image"] = np.random.RandomState(seed).randint(256, size=(BATCH, 40, 40, 3))
+        split = jax.tree.map(lambda x: x.reshape(2, -1, *x.shape[1:]), batch)
+        ours, sums = mapped(ours, split)
+        images = torch.tensor(batch["image"]).permute(0, 3, 1, 2).double() / 64 - 2
+        loss = torch.nn.functional.cross_entropy(
+            net(images), torch.tensor(batch["label"]).long(), label_smoothing=0.1
+        )
+        sgd.zero_grad()
+        loss.backward()
+        sgd.step()
+        averaged.update_parameters(net)
+        np.testing.assert_allclose(sums["loss"] / BATCH, loss.item(), rtol=1e-4)
+    for mine, theirs in ((ours.variables, net), (ours.ema, averaged.module)):
+        theirs = theirs.state_dict()
+        for name, array in to_torch(jax.device_get(mine)).items():
+            if name.endswith("num_batches_tracked"):
+                continue
+            wanted = theirs[name].numpy()
+            atol = 1e-4 * max(np.abs(wanted).max(), 0.1)
+            np.testing.assert_allclose(array, wanted, rtol=0, atol=atol, err_msg=name)
 
 
 @pytest.mark.slow

@@ -374,7 +374,7 @@ def test_freeze_at_counts_the_stem_and_the_stages(name, freeze_at, expected):
 @pytest.mark.parametrize("freeze_at", [-1, 4])
 def test_freeze_at_says_how_far_it_goes(freeze_at):
     model = NETS["residual"]()
-    match = rf"^freeze_at: {freeze_at} is not from 0 \(nothing\) to 3 \(stem to stage2\)$"
+    match = rf"^freeze_at: {freeze_at} is not from 0 \(nothing\) to 3 \(stem to stage2\)"
     with pytest.raises(UsageError, match=match):
         model.apply(abstract(model), IMAGES, freeze_at=freeze_at)
 
