@@ -20,7 +20,7 @@ Variables = dict[str, Any]
 
 
 def class_activation_map(
-    model: ResNet, variables: Variables, images: jax.Array, classes: Any
+    model: ResNet, variables: Variables, images: jax.Array | np.ndarray, classes: Any
 ) -> jax.Array:
     """How much each position of the last map speaks for a class.
 
@@ -71,7 +71,7 @@ def upsample(maps: jax.Array, height: int, width: int) -> jax.Array:
 
 
 def saliency(
-    model: ResNet, variables: Variables, images: jax.Array, classes: Any
+    model: ResNet, variables: Variables, images: jax.Array | np.ndarray, classes: Any
 ) -> jax.Array:
     """How much the class's score changes with each pixel, in its most telling colour.
 
@@ -96,7 +96,7 @@ def saliency(
 def smooth_grad(
     model: ResNet,
     variables: Variables,
-    images: jax.Array,
+    images: jax.Array | np.ndarray,
     classes: Any,
     key: jax.Array,
     *,
@@ -169,7 +169,7 @@ def check_classifier(model: ResNet) -> int:
     return model.num_classes
 
 
-def _classes(model: ResNet, images: jax.Array, classes: Any) -> np.ndarray:
+def _classes(model: ResNet, images: jax.Array | np.ndarray, classes: Any) -> np.ndarray:
     return check_units("classes", classes, check_classifier(model), len(images))
 
 

@@ -18,6 +18,7 @@ from resjax.config import UsageError, unknown_name
 from resjax.models.resnet import ResNet
 
 Variables = dict[str, Any]
+Vector = Sequence[float] | np.ndarray
 _START = 0.1  # standard deviation of the noise that becomes an image
 
 
@@ -48,6 +49,7 @@ def exciting_images(
     smoothness: float = 0.2,
     l2: float = 0.2,
     bounds: tuple[Any, Any] | None = None,
+    grey: bool = False,
 ) -> ExcitingImages:
     """Images that gradient ascent makes to excite units, from noise.
 
@@ -76,6 +78,7 @@ def exciting_images(
         colour.
       bounds: least and largest value an image may take, numbers or a colour [3] each;
         None = any.
+      grey: keep the channels of the image equal, for a net that has seen only such images.
 
     Raises:
       UsageError: no such layer or unit, a number out of its range, or steps so large that
@@ -89,10 +92,11 @@ def exciting_images(
     units = check_units("units", units, _count_units(model, variables, layer, image_size))
     jitter = image_size // 16 if jitter is None else jitter
     low, high = (-np.inf, np.inf) if bounds is None else bounds
-    ascent = _Ascent(step_size, jitter, smoothness, l2, low, high)
+    ascent = _Ascent(step_size, jitter, smoothness, l2, low, high, grey)
     _check_ascent(ascent, steps, image_size)
     shape = (image_size, image_size, 3)
     start = _START * jax.random.normal(jax.random.fold_in(key, 0), shape)
+    start = jnp.where(grey, start[..., :1], start)
     images = jnp.broadcast_to(jnp.clip(start, low, high), (len(units), *shape))
     scores = []
     for step in range(1, steps + 1):  # not in the program: XLA:CPU is slow in loops
@@ -103,7 +107,7 @@ def exciting_images(
     return ExcitingImages(images, np.stack(scores))
 
 
-def to_pixels(images: Any, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+def to_pixels(images: Any, mean: Vector, std: Vector) -> np.ndarray:
     """Normalised images as pictures.
 
     Args:
@@ -127,6 +131,7 @@ class _Ascent(NamedTuple):
     l2: float
     low: Any
     high: Any
+    grey: bool
 
 
 def _check_ascent(ascent: _Ascent, steps: int, image_size: int) -> None:
@@ -201,6 +206,8 @@ def _ascend(
         return (ascent.smoothness * rough + ascent.l2 * jnp.square(images).sum()) / 2
 
     gradients, scores = jax.grad(total, has_aux=True)(images)
+    mean = gradients.mean(axis=-1, keepdims=True)
+    gradients = jnp.where(ascent.grey, mean, gradients)
     step = _of_unit_size(gradients) - jax.grad(penalty)(images)
     return jnp.clip(images + ascent.step_size * step, ascent.low, ascent.high), scores
 

@@ -64,7 +64,7 @@ def first_layer_filters(variables: Variables) -> np.ndarray:
 
 
 def feature_maps(
-    model: ResNet, variables: Variables, images: jax.Array, layer: str
+    model: ResNet, variables: Variables, images: jax.Array | np.ndarray, layer: str
 ) -> jax.Array:
     """What a layer puts out.
 

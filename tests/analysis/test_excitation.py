@@ -65,6 +65,15 @@ def test_the_image_of_a_linear_score_grows_along_its_weights():
     np.testing.assert_allclose(scores[0], expected, rtol=1e-4, atol=1e-3)
 
 
+def test_a_grey_image_grows_along_the_mean_of_the_channels():
+    start, _ = excite(steps=0, grey=True)
+    images, _ = excite(steps=20, jitter=0, smoothness=0, l2=0, grey=True)
+    assert (start == start[..., :1]).all()
+    expected = start[0, ..., 0] + 20 * 0.1 * unit(WEIGHTS[..., 0].mean(axis=-1))
+    for channel in range(3):
+        np.testing.assert_allclose(images[0, ..., channel], expected, rtol=1e-4, atol=1e-4)
+
+
 def test_priors_pull_as_their_formula_says():
     """Each pixel towards the mean of its neighbours inside the image, and towards 0."""
     start, _ = excite(steps=0)
