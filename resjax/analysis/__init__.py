@@ -1,5 +1,12 @@
 """What the papers say about residual networks, as functions to look at."""
 
+from resjax.analysis.attribution import (
+    class_activation_map,
+    saliency,
+    smooth_grad,
+    upsample,
+)
+from resjax.analysis.excitation import ExcitingImages, exciting_images, to_pixels
 from resjax.analysis.lesions import (
     delete_blocks,
     list_blocks,
@@ -19,22 +26,41 @@ from resjax.analysis.propagation import (
     mean_propagation,
     signal_propagation,
 )
+from resjax.analysis.seeing import (
+    TopImages,
+    feature_maps,
+    first_layer_filters,
+    list_layers,
+    top_images,
+)
 from resjax.analysis.sweeps import Sweep, sweep
 
 __all__ = [
+    "ExcitingImages",
     "Propagation",
     "Sweep",
+    "TopImages",
     "central_range",
+    "class_activation_map",
     "delete_blocks",
     "draw_propagation",
+    "exciting_images",
+    "feature_maps",
+    "first_layer_filters",
     "gradient_by_length",
     "gradient_by_path",
     "list_blocks",
+    "list_layers",
     "make_top1_error",
     "mean_propagation",
     "path_length_distribution",
+    "saliency",
     "signal_propagation",
+    "smooth_grad",
     "swap_blocks",
     "swap_random_blocks",
     "sweep",
+    "to_pixels",
+    "top_images",
+    "upsample",
 ]
