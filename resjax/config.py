@@ -154,6 +154,11 @@ class Config:
     momentum: float = _fraction(0.9)
     nesterov: bool = True
     weight_decay: float = _not_negative(1e-4)
+    # Training examples over which batch norm's statistics are taken anew after the last
+    # update; 0 = the run ends with its running averages.
+    precise_bn_examples: int = _bounded(
+        0, "0 or from 2 to 2**30", lambda value: value == 0 or 2 <= value <= 2**30
+    )
 
     data: DataConfig = DataConfig()
 
@@ -312,6 +317,11 @@ def validate(config: Config) -> Config:
         raise UsageError(
             f"config.norm.virtual_batch_size: {group} does not divide "
             f"config.batch_size={batch}"
+        )
+    if config.precise_bn_examples and config.norm.kind == "none":
+        raise UsageError(
+            f"config.precise_bn_examples: {config.precise_bn_examples}, but a net of "
+            "config.norm.kind=none has no statistics; allowed: 0"
         )
     return config
 

@@ -325,10 +325,10 @@ def _fit(
         log = make_log(config, run, write, waits, window)
         failures: list[Exception] = []
         wants_stop, should_stop = _make_stopping(stop, failures)
-        evaluate = _make_evaluation(
-            config, run, workdir, log, evaluations, failures, wants_stop, should_stop
-        )
-        save = _make_save(run, writer, log, evaluations)
+        test = _make_test(run, log, failures, wants_stop, should_stop)
+        refine = _make_refine(config, run, start_step, test)
+        evaluate = _make_evaluation(config, run, workdir, log, evaluations, test, refine)
+        save = _make_save(run, writer, log, evaluations, refine)
 
         def heed(step: int, state: TrainState, sums: Any) -> None:
             stop.has_news = True
@@ -423,45 +423,95 @@ def _make_stopping(
     return wants_stop, should_stop
 
 
+def _make_test(
+    run: build.Run,
+    log: hooks.TrainLog,
+    failures: list[Exception],
+    wants_stop: Callable[[], bool],
+    should_stop: Callable[[Any], bool],
+) -> Callable[[TrainState], dict[str, float] | None]:
+    """What averages over the test split; its result is None if the run was stopped."""
+
+    def test(state: TrainState) -> dict[str, float] | None:
+        batches = _until_failure(run.eval_batches(wants_stop), failures)
+        return loop.evaluate(
+            run.eval_step, state.variables, batches, should_stop, log.waits
+        )
+
+    return test
+
+
+def _make_refine(
+    config: Config,
+    run: build.Run,
+    start_step: int,
+    test: Callable[[TrainState], dict[str, float] | None],
+) -> Callable[[int, TrainState], TrainState]:
+    """What is evaluated and saved of a state: after the last update, precise statistics.
+
+    They are made once, and no signal interrupts it. So every checkpoint of the last step
+    has them, and a run that starts from one has no more to do than to evaluate.
+    """
+    made: list[TrainState] = []
+
+    def refine(step: int, state: TrainState) -> TrainState:
+        if not run.precise_bn or step < run.num_steps or step == start_step:
+            return state
+        if not made:
+            means = test(state)
+            if means:
+                records.say(
+                    f"running statistics: test loss {means['loss']:.4f} "
+                    f"top-1 {means['top1']:6.2f} %; recomputing them over "
+                    f"{config.precise_bn_examples:,} training examples"
+                )
+            made.append(dataclasses.replace(state, **run.precise_bn(state.variables)))
+        return made[0]
+
+    return refine
+
+
 def _make_evaluation(
     config: Config,
     run: build.Run,
     workdir: epath.Path,
     log: hooks.TrainLog,
     evaluations: list[records.Record],
-    failures: list[Exception],
-    wants_stop: Callable[[], bool],
-    should_stop: Callable[[Any], bool],
+    test: Callable[[TrainState], dict[str, float] | None],
+    refine: Callable[[int, TrainState], TrainState],
 ) -> Callable[[int, TrainState], None]:
     """The action that evaluates, records and reports."""
 
     def evaluate(step: int, state: TrainState) -> None:
+        state = refine(step, state)
         before = time.perf_counter()
-        batches = _until_failure(run.eval_batches(wants_stop), failures)
-        means = loop.evaluate(
-            run.eval_step, state.variables, batches, should_stop, log.waits
-        )
+        means = test(state)
         if means is None:  # to be done when the run goes on
             return
         if not math.isfinite(means["loss"]):
             raise FloatingPointError(f"the test loss is {means['loss']} at step {step}")
         speed = means["num_examples"] / (time.perf_counter() - before)
-        test = log.record(step, "test", means, speed)
-        log.write(test)
-        evaluations.append(test)
+        record = log.record(step, "test", means, speed)
+        log.write(record)
+        evaluations.append(record)
         records.plot_curves(workdir, f"{config.model} on {config.data.name}")
-        report(run.num_steps, log.latest, test)
+        report(run.num_steps, log.latest, record)
         report_wait(log.take_data_wait(), config.data.name)
 
     return evaluate
 
 
 def _make_save(
-    run: build.Run, writer: Any, log: hooks.TrainLog, evaluations: list[records.Record]
+    run: build.Run,
+    writer: Any,
+    log: hooks.TrainLog,
+    evaluations: list[records.Record],
+    refine: Callable[[int, TrainState], TrainState],
 ) -> Callable[[int, TrainState], None]:
     """The action that writes a checkpoint."""
 
     def save(step: int, state: TrainState) -> None:
+        state = refine(step, state)
         evaluation = evaluations[-1] if evaluations else None
         record = {**run.record, "evaluation": evaluation, "window": log.window}
         checkpoint_writer.save(writer, step, state.variables, state.optimizer, record)

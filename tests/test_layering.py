@@ -28,6 +28,7 @@ ORDER = [
     "hooks",
     "loop",
     "records",
+    "precise_bn",
     "steps",
     "checkpoint_writer",
     "checkpoint",
