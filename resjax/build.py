@@ -15,7 +15,16 @@ import numpy as np
 import optax
 from flax import linen as nn
 
-from resjax import build_data, initializers, optim, parallel, schedules, steps
+from resjax import (
+    build_data,
+    hooks,
+    initializers,
+    optim,
+    parallel,
+    precise_bn,
+    schedules,
+    steps,
+)
 from resjax.config import Config, UsageError
 from resjax.loss_scale import init_loss_scale
 from resjax.models.blocks import Layer
@@ -25,6 +34,7 @@ from resjax.models.resnet import create_model, frozen_layers
 from resjax.steps import Batch, TrainState
 
 _INT32 = 2**31  # steps and positions are int32
+_PRECISE_GROUP = 256  # examples that a device normalises at once, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +59,8 @@ class Run:
       derived: what was computed from several fields, to be shown and stored.
       record: what a checkpoint says of all this.
       num_damaged: () -> training examples that were left out so far.
+      precise_bn: variables -> the same with statistics recomputed; None if the run ends
+        with its running ones.
     """
 
     init_state: Callable[[], TrainState]
@@ -64,6 +76,7 @@ class Run:
     derived: dict[str, Any]
     record: dict[str, Any]
     num_damaged: Callable[[], int]
+    precise_bn: Callable[[Any], Any] | None = None
 
 
 def build_model(config: Config, axis_name: str | None = None) -> nn.Module:
@@ -375,6 +388,64 @@ def build_evaluation(
     return run_step, start
 
 
+def build_precise_bn(
+    config: Config, model: nn.Module, reader: Any, num_examples: int
+) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """What takes the statistics of variables anew over training examples.
+
+    The result depends on the parameters, the examples and the size of a group, which is
+    that of training, or at most 256 where the whole minibatch shares statistics. On how
+    many devices, and in what minibatches, it does not depend.
+
+    Args:
+      config: of the run.
+      model: with batch norm.
+      reader: of the training split.
+      num_examples: the first of the training stream, with its augmentation; as many as the
+        split has are each of them once.
+
+    Returns:
+      {"params", "batch_stats"} -> the same with new statistics; both replicated.
+
+    Raises:
+      UsageError: fewer than two examples, or a model without batch norm.
+    """
+    if num_examples < 2:
+        raise UsageError(f"precise batch norm: {num_examples} examples are not 2 or more")
+    augment, _ = build_data.build_transforms(config)
+    step = precise_bn.make_group_step(model, augment)
+    group = config.norm.virtual_batch_size or min(config.batch_size, _PRECISE_GROUP)
+    on_each = parallel.run_on_devices(step, config.parallel)
+    on_same = parallel.run_on_devices(step, config.parallel, sharded=False)
+
+    def recompute(variables: dict[str, Any]) -> dict[str, Any]:
+        count, last = precise_bn.split(num_examples, group)
+        batches, last_batch = build_data.build_groups(config, reader, num_examples, group)
+
+        def groups() -> Iterator[tuple[int, np.ndarray]]:
+            outputs = (on_each(variables, batch) for batch in batches)
+            done = 0
+            for each in precise_bn.fetch_late(outputs):  # [devices, 2, K]
+                yield from ((group, moments) for moments in each[: count - done])
+                done += len(each)
+            if last_batch is not None:
+                yield last, jax.device_get(on_same(variables, last_batch))[0]
+
+        def shown() -> Iterator[tuple[int, np.ndarray]]:
+            with hooks.progress_bar(num_examples, 0, "batch norm") as bar:
+                for size, moments in groups():
+                    bar.update(size)
+                    yield size, moments
+
+        values = precise_bn.count_values(model, variables, config.data.image_size)
+        pooled = precise_bn.pool(shown(), values)
+        stats = precise_bn.to_batch_stats(pooled, variables["batch_stats"])
+        stats = parallel.replicate(stats)
+        return {"params": parallel.as_global(variables["params"]), "batch_stats": stats}
+
+    return recompute
+
+
 def build_record(
     config: Config, derived: dict[str, Any], class_names: list[str]
 ) -> dict[str, Any]:
@@ -457,6 +528,9 @@ def build_run(config: Config) -> Run:
         run_step, train_batches = build_data.build_streamed(
             config, reader, train_step, num_steps
         )
+    refine, examples = None, config.precise_bn_examples
+    if examples:
+        refine = build_precise_bn(config, model, reader, examples)
     rates = jax.vmap(schedule)(jnp.arange(num_steps))
     return Run(
         init_state=init_state,
@@ -472,4 +546,5 @@ def build_run(config: Config) -> Run:
         derived=derived,
         record=build_record(config, derived, source.class_names),
         num_damaged=lambda: len(reader.damaged),
+        precise_bn=refine,
     )

@@ -1,5 +1,6 @@
 """Config -> the data of a run: source, crops, augmentation, batches; one `build_*` each."""
 
+import dataclasses
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -8,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from resjax import hosts, parallel, steps
+from resjax import hosts, parallel, precise_bn, steps
 from resjax.config import Config, UsageError
 from resjax.steps import Batch, TrainState
 
@@ -245,6 +246,43 @@ def build_streamed(
 
     run_step = parallel.run_on_devices(train_step, config.parallel, donate_state=True)
     return run_step, train_batches
+
+
+def build_groups(
+    config: Config, reader: Any, num_examples: int, group: int
+) -> tuple[Iterator[Batch], Batch | None]:
+    """The first examples of the training stream, augmented as in training, in groups.
+
+    Args:
+      config: of the run.
+      reader: of the training split.
+      num_examples: from position 0 on; more than the split has are of its next epoch.
+      group: examples that share statistics.
+
+    Returns:
+      The groups of `precise_bn.split`: batches of one for every device, of which the last
+      may hold more than there are; and the last group, the same on all devices, or None.
+    """
+    from resjax.data import pipeline
+
+    read = partial(pipeline.train_batches, recipe=build_recipe(config), seed=config.seed)
+    count, last = precise_bn.split(num_examples, group)
+    whole = read(
+        reader,
+        batch_size=group * jax.device_count(),
+        start_step=0,
+        num_steps=-(-count // jax.device_count()),
+        host=jax.process_index(),
+        num_hosts=jax.process_count(),
+    )
+    if not last:
+        return parallel.prefetch(whole), None
+    reader = dataclasses.replace(reader, num_workers=0)  # not worth a start of processes
+    end = count + -(-last // group)
+    rest = list(read(reader, batch_size=group, start_step=count, num_steps=end))
+    joined = {name: np.concatenate([part[name] for part in rest]) for name in rest[0]}
+    last_group = {name: array[:last] for name, array in joined.items()}
+    return parallel.prefetch(whole), parallel.replicate(last_group)
 
 
 def build_resident(

@@ -118,6 +118,8 @@ def can_train_together(config: Config) -> bool:
     """Whether the devices hold the data, and need not be asked about any update."""
     if config.dtype == "float16" or config.init_from is not None:
         return False
+    if config.precise_bn_examples:  # for which the host reads the data once more
+        return False
     source = build_data.build_source(config, "train")
     return build_data.build_on_device(config, len(source))
 

@@ -161,6 +161,11 @@ class Config:
     label_smoothing: float = _fraction(0.0)  # of the training loss; evaluation has none
     # Of the average over updates of the weights, evaluated as "test_ema"; 0 = no average.
     ema_decay: float = _fraction(0.0)
+    # Training examples over which batch norm's statistics are taken anew after the last
+    # update; 0 = the run ends with its running averages.
+    precise_bn_examples: int = _bounded(
+        0, "0 or from 2 to 2**30", lambda value: value == 0 or 2 <= value <= 2**30
+    )
 
     data: DataConfig = DataConfig()
 
@@ -324,6 +329,17 @@ def validate(config: Config) -> Config:
         raise UsageError(
             f"config.freeze_at: {config.freeze_at}, but there is no config.init_from, so "
             "that layers would stay as they were drawn"
+        )
+    if config.precise_bn_examples and config.norm.kind == "none":
+        raise UsageError(
+            f"config.precise_bn_examples: {config.precise_bn_examples}, but a net of "
+            "config.norm.kind=none has no statistics; allowed: 0"
+        )
+    if config.precise_bn_examples and config.freeze_at:
+        raise UsageError(
+            f"config.precise_bn_examples: {config.precise_bn_examples}, but the statistics "
+            f"of frozen layers stay as they are (config.freeze_at={config.freeze_at}); "
+            "allowed: 0"
         )
     return config
 

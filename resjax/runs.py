@@ -88,6 +88,29 @@ def evaluate(
     return result
 
 
+def with_precise_bn(
+    config: Config, model: nn.Module, variables: dict[str, Any], num_examples: int
+) -> dict[str, Any]:
+    """Variables whose statistics are taken anew over training examples.
+
+    Args:
+      config: of the run, whose training split and augmentation are used.
+      model: of `build.build_model`, with batch norm.
+      variables: {"params", "batch_stats"}; any weights of the model.
+      num_examples: the first of the training stream; as many as the split has are each of
+        them once, more go on into its next epoch.
+
+    Returns:
+      {"params", "batch_stats"}, replicated.
+
+    Raises:
+      UsageError: fewer than two examples, no data, or a model without batch norm.
+    """
+    reader = build_data.build_reader(config, build_data.build_source(config, "train"))
+    recompute = build.build_precise_bn(config, model, reader, num_examples)
+    return recompute(parallel.replicate(variables))
+
+
 _CHUNK = 64  # images of one forward pass of `predict`
 
 

@@ -329,10 +329,10 @@ def _fit(
         log = make_log(config, run, write, waits, window)
         failures: list[Exception] = []
         wants_stop, should_stop = _make_stopping(stop, failures)
-        evaluate = _make_evaluation(
-            config, run, workdir, log, evaluations, failures, wants_stop, should_stop
-        )
-        save = _make_save(run, writer, log, evaluations)
+        test = _make_test(run, log, failures, wants_stop, should_stop)
+        refine = _make_refine(config, run, start_step, test)
+        evaluate = _make_evaluation(config, run, workdir, log, evaluations, test, refine)
+        save = _make_save(run, writer, log, evaluations, refine)
 
         def heed(step: int, state: TrainState, sums: Any) -> None:
             stop.has_news = True
@@ -442,22 +442,69 @@ def _make_stopping(
     return wants_stop, should_stop
 
 
+def _make_test(
+    run: build.Run,
+    log: hooks.TrainLog,
+    failures: list[Exception],
+    wants_stop: Callable[[], bool],
+    should_stop: Callable[[Any], bool],
+) -> Callable[[dict[str, Any]], dict[str, float] | None]:
+    """What averages over the test split; its result is None if the run was stopped."""
+
+    def test(variables: dict[str, Any]) -> dict[str, float] | None:
+        batches = _until_failure(run.eval_batches(wants_stop), failures)
+        return loop.evaluate(run.eval_step, variables, batches, should_stop, log.waits)
+
+    return test
+
+
+def _make_refine(
+    config: Config,
+    run: build.Run,
+    start_step: int,
+    test: Callable[[dict[str, Any]], dict[str, float] | None],
+) -> Callable[[int, TrainState], TrainState]:
+    """What is evaluated and saved of a state: after the last update, precise statistics.
+
+    Those of the averages are made as well. It is done once, and no signal interrupts it:
+    every checkpoint of the last step has them, and a run that starts from one has no more
+    to do than to evaluate.
+    """
+    made: list[TrainState] = []
+
+    def refine(step: int, state: TrainState) -> TrainState:
+        if not run.precise_bn or step < run.num_steps or step == start_step:
+            return state
+        if not made:
+            means = test(state.variables)
+            if means:
+                records.say(
+                    f"running statistics: test loss {means['loss']:.4f} "
+                    f"top-1 {means['top1']:6.2f} %; recomputing them over "
+                    f"{config.precise_bn_examples:,} training examples"
+                )
+            ema = state.ema and run.precise_bn(state.ema)
+            variables = run.precise_bn(state.variables)
+            made.append(dataclasses.replace(state, **variables, ema=ema))
+        return made[0]
+
+    return refine
+
+
 def _make_evaluation(
     config: Config,
     run: build.Run,
     workdir: epath.Path,
     log: hooks.TrainLog,
     evaluations: dict[str, list[records.Record]],
-    failures: list[Exception],
-    wants_stop: Callable[[], bool],
-    should_stop: Callable[[Any], bool],
+    test: Callable[[dict[str, Any]], dict[str, float] | None],
+    refine: Callable[[int, TrainState], TrainState],
 ) -> Callable[[int, TrainState], None]:
     """The action that evaluates, records and reports."""
 
-    def test(step: int, split: str, variables: Any) -> records.Record | None:
+    def measure(step: int, split: str, variables: Any) -> records.Record | None:
         before = time.perf_counter()
-        batches = _until_failure(run.eval_batches(wants_stop), failures)
-        means = loop.evaluate(run.eval_step, variables, batches, should_stop, log.waits)
+        means = test(variables)
         if means is None:
             return None
         if not math.isfinite(means["loss"]):
@@ -466,8 +513,9 @@ def _make_evaluation(
         return log.record(step, split, means, speed)
 
     def evaluate(step: int, state: TrainState) -> None:
+        state = refine(step, state)
         weights = {"test": state.variables} | ({"test_ema": state.ema} if state.ema else {})
-        found = [test(step, split, variables) for split, variables in weights.items()]
+        found = [measure(step, split, variables) for split, variables in weights.items()]
         tested = [record for record in found if record is not None]
         if len(tested) < len(weights):  # to be done when the run goes on
             return
@@ -486,10 +534,12 @@ def _make_save(
     writer: Any,
     log: hooks.TrainLog,
     evaluations: dict[str, list[records.Record]],
+    refine: Callable[[int, TrainState], TrainState],
 ) -> Callable[[int, TrainState], None]:
     """The action that writes a checkpoint."""
 
     def save(step: int, state: TrainState) -> None:
+        state = refine(step, state)
         record = {**run.record, **last_evaluations(evaluations), "window": log.window}
         checkpoint_writer.save(writer, step, state.variables, state.optimizer, record)
 

@@ -31,6 +31,7 @@ ORDER = [
     "hooks",
     "loop",
     "records",
+    "precise_bn",
     "steps",
     "checkpoint_writer",
     "checkpoint",
