@@ -140,8 +140,8 @@ def confidences(predictions: Predictions) -> np.ndarray:
 def ranks(predictions: Predictions) -> np.ndarray:
     """How many classes are thought more probable than the label, [N] int.
 
-    Of equals the lower class comes first, as in `metrics.classification_sums`. It is K for
-    an example whose log-probabilities are not all finite.
+    Of equals the lower class comes first, as in `metrics.classification_sums`. It is beyond
+    all ranks for an example whose log-probabilities are not all finite.
     """
     found = []
     for log_probs, labels in _in_parts(predictions):
@@ -149,7 +149,7 @@ def ranks(predictions: Predictions) -> np.ndarray:
         before = np.arange(log_probs.shape[1]) < labels[:, None]
         ahead = (log_probs > own) | ((log_probs == own) & before)
         finite = np.isfinite(log_probs).all(axis=1)
-        found.append(np.where(finite, ahead.sum(axis=1), log_probs.shape[1]))
+        found.append(np.where(finite, ahead.sum(axis=1), np.iinfo(np.int64).max))
     return np.concatenate(found)
 
 

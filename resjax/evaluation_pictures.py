@@ -3,6 +3,7 @@
 import csv
 import io
 import textwrap
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -94,7 +95,7 @@ def draw_confusion(matrix: np.ndarray, class_names: Sequence[str], title: str) -
     is_small, block = count <= _FEW, -(-count // _CELLS)
     shares = 100 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     side = max(3.4, 2.2 + 0.5 * count) if is_small else 7.0
-    figure = _figure(side + 0.6, side, title)
+    figure = _figure(side + 1.2, side, title)
     panel = figure.subplots()
     image = panel.imshow(
         _largest(shares, block),
@@ -186,11 +187,12 @@ def draw_mistakes(
     """
     rows = evaluation.worst_mistakes(predictions, _MISTAKES)
     predicted = evaluation.best_classes(predictions)
-    num_rows = max(1, -(-len(rows) // _COLUMNS))
-    figure = _figure(1.7 * _COLUMNS, 2.3 * num_rows + 0.4, title)
+    columns = min(max(len(rows), 3), _COLUMNS)
+    num_rows = max(1, -(-len(rows) // columns))
+    figure = _figure(1.7 * columns, 2.3 * num_rows + 0.4, title)
     if not len(rows):
         figure.text(0.5, 0.45, "no mistakes", ha="center", fontsize=14, color="0.5")
-    panels = figure.subplots(num_rows, _COLUMNS, squeeze=False).ravel()
+    panels = figure.subplots(num_rows, columns, squeeze=False).ravel()
     for panel in panels:
         panel.axis("off")
     for panel, row in zip(panels, rows, strict=False):
@@ -241,5 +243,7 @@ def _figure(width: float, height: float, title: str) -> Any:
 
 def _png(figure: Any, dpi: int) -> bytes:
     file = io.BytesIO()
-    figure.savefig(file, dpi=dpi, format="png")
+    with warnings.catch_warnings():  # a name in letters that the font does not have
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        figure.savefig(file, dpi=dpi, format="png")
     return file.getvalue()

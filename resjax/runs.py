@@ -111,11 +111,13 @@ def evaluate(
         **({"fold_batch_norm": True} if fold_batch_norm else {}),
         **({"members": own} if len(members) > 1 else {}),
     }
-    stem = f"eval_{split}_{first.step}{_suffix(result)}"
+    suffix = _suffix(result)
+    stem = f"eval_{split}_{first.step}{suffix}"
     with contextlib.suppress(OSError):  # a run may be kept where nobody can write
         records.write_json(first.workdir / f"{stem}.json", result)
     if details and hosts.is_main():
-        title = f"{result['model']} on {result['data']}, {stem.removeprefix('eval_')}"
+        what = f"{result['model']} on {result['data']}, {split}, step {first.step}"
+        title = f"{what}{suffix.replace('_', ', ')}: top-1 {result['top1']:.2f} %"
         _write_details(first, stem, mean, predictions[0], title)
     return result
 
