@@ -2,6 +2,9 @@
 
 python eval.py --workdir=runs/digits
 python eval.py --workdir=runs/imagenet_resnet50 --step=450000 --batch_size=500
+python eval.py --workdir=runs/imagenet_resnet50 --crops=10
+python eval.py --workdir=runs/imagenet_resnet50 --scales=224,256,384,480,640
+python eval.py --workdir=runs/a --workdir=runs/b --details
 """
 
 import argparse
@@ -11,6 +14,19 @@ from resjax import config as configs
 from resjax import hosts, runs
 from resjax.compilation_cache import use_compilation_cache
 
+HELP = {
+    "workdir": "of the run; given several times, the softmax of the runs is averaged",
+    "step": "checkpoint; the latest (default), or that which evaluated best in training",
+    "batch_size": "images of the training's size at a time, of larger ones fewer; any "
+    "number (default: as in training)",
+    "fold_batch_norm": "fold batch norm into the convolutions: the same but for rounding",
+    "crops": "10: average over four corners, the middle and their mirror images",
+    "scales": "the whole image, its shorter side of so many pixels, wherever the net can "
+    "stand in it; averaged over places and scales",
+    "details": "also write a table of the classes, the confusion matrix, the calibration "
+    "and the worst mistakes into a folder beside the JSON file",
+}
+
 
 def _step(text: str) -> int | str:
     if text != "best" and not text.isdecimal():
@@ -18,33 +34,34 @@ def _step(text: str) -> int | str:
     return text if text == "best" else int(text)
 
 
+def _scales(text: str) -> tuple[int, ...]:
+    words = text.split(",")
+    if not all(word.isdecimal() for word in words):
+        raise argparse.ArgumentTypeError(f"{text!r} is not like 224,256: whole numbers")
+    return tuple(map(int, words))
+
+
 def main(args: list[str]) -> int:
     """Runs the command; returns its exit code."""
     parser = configs.ArgumentParser(prog="eval.py", description=__doc__)
-    parser.add_argument("--workdir", metavar="DIR", required=True, help="of the run")
-    parser.add_argument(
-        "--step",
-        type=_step,
-        metavar="N|best",
-        help="checkpoint; the latest (default), or that which evaluated best in training",
-    )
-    parser.add_argument("--split", default="test", help="test (default) or train")
-    parser.add_argument(
-        "--batch_size", type=int, metavar="N", help="any number (default: as in training)"
-    )
-    parser.add_argument("--data_dir", metavar="DIR", help="where the data set is")
-    parser.add_argument(
-        "--fold_batch_norm",
-        action="store_true",
-        help="fold batch norm into the convolutions: the same numbers to rounding",
-    )
+    add, told = parser.add_argument, HELP
+    add("--workdir", action="append", metavar="DIR", required=True, help=told["workdir"])
+    add("--step", type=_step, metavar="N|best", help=told["step"])
+    add("--split", default="test", help="test (default) or train")
+    add("--batch_size", type=int, metavar="N", help=told["batch_size"])
+    add("--data_dir", metavar="DIR", help="where the data set is")
+    add("--fold_batch_norm", action="store_true", help=told["fold_batch_norm"])
+    add("--crops", type=int, default=1, metavar="1|10", help=told["crops"])
+    add("--scales", type=_scales, default=(), metavar="S,S,...", help=told["scales"])
+    add("--details", action="store_true", help=told["details"])
     configs.add_cluster_flags(parser)
     flags = parser.parse_args(args)
     if flags.batch_size is not None and flags.batch_size < 1:
         raise configs.UsageError(f"--batch_size: {flags.batch_size} is not 1 or more")
-    for name in ("workdir", "data_dir"):
-        if getattr(flags, name) == "":
-            raise configs.UsageError(f"--{name}: '' is empty; give a folder")
+    if "" in flags.workdir:
+        raise configs.UsageError("--workdir: '' is empty; give a folder")
+    if flags.data_dir == "":
+        raise configs.UsageError("--data_dir: '' is empty; give a folder")
     values = vars(flags)
     place = {name: values.pop(name) for name in configs.CLUSTER_FLAGS}
 

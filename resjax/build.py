@@ -345,8 +345,6 @@ def build_evaluation(
     split: str,
     batch_size: int,
     keep: bool = False,
-    class_names: list[str] | None = None,
-    model: nn.Module | None = None,
 ) -> tuple[Callable[[Any, Batch], Any], Callable[..., Iterable[Batch]]]:
     """The eval step on all devices, and a function that starts the batches of a split.
 
@@ -355,18 +353,15 @@ def build_evaluation(
       split: our name for it.
       batch_size: examples at a time.
       keep: the devices keep the batches of a small split.
-      class_names: that the data must have.
-      model: to evaluate; None = that of the config.
 
     Raises:
-      UsageError: the data is not there, or has other classes.
+      UsageError: the data is not there, or has other classes than the config says.
     """
     from resjax.data import pipeline
 
     source = build_data.build_source(config, split)
-    check_class_names(source.class_names, class_names or source.class_names)
     _, prepare = build_data.build_transforms(config)
-    step = steps.make_eval_step(model or build_model(config), prepare)
+    step = steps.make_eval_step(build_model(config), prepare)
     batches = partial(
         pipeline.eval_batches,
         build_data.build_reader(config, source),

@@ -1,4 +1,4 @@
-"""The two loops, over steps that are given: fit and evaluate."""
+"""The loops, over steps that are given: fit, evaluate and predict."""
 
 import contextlib
 import dataclasses
@@ -24,10 +24,12 @@ class Waits:
     Attributes:
       data: seconds, for the next batch.
       devices: seconds, for what they compute.
+      compiling: seconds, for the programs of `predict`.
     """
 
     data: float = 0.0
     devices: float = 0.0
+    compiling: float = 0.0
 
     def for_data(self, batches: Iterable[Any]) -> Iterator[Any]:
         """The batches; the time that each takes to come is counted."""
@@ -142,3 +144,34 @@ def evaluate(
         return None
     with waits.for_devices():
         return summarize(sums)
+
+
+def predict(
+    predict_step: Any, variables: Any, batches: Iterable[Any], waits: Waits | None = None
+) -> Iterator[dict[str, Any]]:
+    """The outputs of each batch on the host, in order.
+
+    Args:
+      predict_step: (variables, batch) -> arrays, on all devices; compiled by itself for
+        each new shape of the images, so that the time that takes is known.
+      variables: {"params", "batch_stats"}, replicated.
+      batches: sharded.
+      waits: what the loop waits for is added to it.
+    """
+    waits = waits or Waits()
+    compiled: set[tuple[int, ...]] = set()
+    in_flight: deque[Any] = deque()
+    for batch in waits.for_data(batches):
+        shape = batch["image"].shape
+        if shape not in compiled:
+            start = time.perf_counter()
+            predict_step.lower(variables, batch).compile()  # what later calls run
+            waits.compiling += time.perf_counter() - start
+            compiled.add(shape)
+        in_flight.append(predict_step(variables, batch))
+        if len(in_flight) > _IN_FLIGHT:
+            with waits.for_devices():
+                done = jax.device_get(in_flight.popleft())
+            yield done
+    while in_flight:
+        yield jax.device_get(in_flight.popleft())

@@ -311,3 +311,36 @@ def make_eval_step(
         return lax.psum(sums, AXIS)
 
     return eval_step
+
+
+def make_predict_step(
+    apply: Callable[[dict[str, Any], jax.Array], jax.Array], prepare: Transform
+) -> Callable[[dict[str, Any], Batch], dict[str, jax.Array]]:
+    """What the model says of each example, to be run under the mapped axis `AXIS`.
+
+    Args:
+      apply: (variables, images [B, H, W, 3]) -> logits [B, K].
+      prepare: the device's batch -> normalised images.
+
+    Returns:
+      (variables, batch) -> {"log_probs" [B, K] float32, "label", "index", "mask" [B]} of
+      all devices, in the order of the global batch, where batch has `label` and `index` [b]
+      int32, `mask` [b] bool, and `image` [b, H, W, 3] uint8. Or it has several views of
+      each, `image` [b, V, H, W, 3]: then the softmax is averaged over these and their
+      mirror images.
+    """
+
+    def predict_step(variables: dict[str, Any], batch: Batch) -> dict[str, jax.Array]:
+        images = prepare(batch)  # [b, H, W, 3] or [b, V, H, W, 3]
+        num_examples, has_views = len(images), images.ndim == 5
+        if has_views:
+            images = jnp.concatenate([images, images[..., ::-1, :]], axis=1)
+            images = images.reshape(-1, *images.shape[2:])  # [b * 2V, H, W, 3]
+        log_probs = nn.log_softmax(apply(variables, images).astype(jnp.float32))
+        if has_views:
+            log_probs = log_probs.reshape(num_examples, -1, log_probs.shape[-1])
+            log_probs = nn.logsumexp(log_probs, axis=1) - jnp.log(log_probs.shape[1])
+        outputs = {name: batch[name] for name in ("label", "index", "mask")}
+        return lax.all_gather({"log_probs": log_probs, **outputs}, AXIS, tiled=True)
+
+    return predict_step

@@ -49,7 +49,10 @@ def evaluate_on_one(command, workdir, *flags):
 def assert_same(result, expected):
     """The same examples: equal counts, and a loss that differs by rounding."""
     result, expected = dict(result), dict(expected)
-    assert result.pop("loss") == pytest.approx(expected.pop("loss"), rel=1e-5)
+    for name, digits in (("loss", 1e-5), ("ece", 1e-4)):
+        assert result.pop(name) == pytest.approx(expected.pop(name), rel=digits)
+    for numbers in (result, expected):
+        assert numbers.pop("images_per_second") > 0
     assert result == expected
 
 
@@ -115,7 +118,8 @@ def test_folding_batch_norm_changes_nothing_but_rounding_and_says_so(
     with nn.intercept_methods(note):
         result = evaluate_here("--fold_batch_norm")
     assert FoldedNorm in called
-    assert json.loads((workdir / "eval_test_22.json").read_text()) == result
+    assert json.loads((workdir / "eval_test_22_folded.json").read_text()) == result
+    assert_same(json.loads((workdir / "eval_test_22.json").read_text()), by_ones)
     assert result.pop("fold_batch_norm") is True
     assert_same(result, by_ones)
     assert "fold_batch_norm" not in evaluate_here()
@@ -125,3 +129,37 @@ def test_the_data_may_have_moved(evaluate_here, by_ones, data_dir, tmp_path, mon
     shutil.copytree(data_dir / "digits", tmp_path / "moved" / "digits")
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "nowhere"))
     assert_same(evaluate_here(f"--data_dir={tmp_path / 'moved'}"), by_ones)
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "said"),
+    [
+        (["--scales=8,12"], "eval_test_22_scales8-12", {"scales": [8, 12]}),
+        (["--crops=1", "--details"], "eval_test_22", {}),
+    ],
+)
+def test_flags_choose_how_images_are_shown_and_what_is_written(
+    evaluate_here, by_ones, workdir, flags, name, said
+):
+    result = evaluate_here(*flags)
+    assert {field: result[field] for field in set(result) - set(by_ones)} == said
+    assert result["num_examples"] == 360
+    assert json.loads((workdir / f"{name}.json").read_text()) == result
+    assert (workdir / name).exists() is ("--details" in flags)
+    if not said:
+        assert_same(result, by_ones)
+
+
+def test_a_dense_image_of_the_size_of_the_training_is_the_plain_one(evaluate_here, by_ones):
+    result = evaluate_here("--scales=8")
+    assert result.pop("scales") == [8]
+    assert_same(result, by_ones)
+
+
+def test_workdirs_given_several_times_are_an_ensemble(evaluate_here, workdir, by_ones):
+    result = evaluate_here(f"--workdir={workdir / 'checkpoints' / '10'}")
+    first, second = result["members"]
+    assert (first["step"], second["step"]) == (22, 10)
+    assert first["top1"] == by_ones["top1"]
+    path = workdir / "eval_test_22_ensemble2.json"
+    assert json.loads(path.read_text()) == result

@@ -124,3 +124,50 @@ def test_evaluate_adds_up_all_batches():
 
     means = loop.evaluate(eval_step, {}, [1, 2, 3, 4])
     assert means == {"loss": 2.0, "top1": 40.0, "top5": 100.0, "num_examples": 10}
+
+
+class Compiled:
+    """A step that is compiled by itself, as the programs of parallel.py are."""
+
+    def __init__(self):
+        self.log = []
+
+    def lower(self, variables, batch):
+        return Lowered(self.log, batch["image"].shape)
+
+    def __call__(self, variables, batch):
+        self.log.append("run")
+        return {"sum": variables + batch["image"].sum()}
+
+
+class Lowered:
+    def __init__(self, log, shape):
+        self.log, self.shape = log, shape
+
+    def compile(self):
+        time.sleep(0.05)
+        self.log.append(self.shape)
+
+
+def test_predictions_come_in_order_and_each_shape_is_compiled_by_itself():
+    shapes = [(2,), (2,), (3,), (2,), (3,)]
+    batches = [{"image": i * jnp.ones(shape)} for i, shape in enumerate(shapes)]
+    step, waits = Compiled(), loop.Waits()
+    found = [float(out["sum"]) for out in loop.predict(step, 10, batches, waits)]
+    assert found == [10, 12, 16, 16, 22]
+    assert step.log == [(2,), "run", "run", (3,), "run", "run", "run"]
+    assert 0.1 <= waits.compiling < 10
+
+
+def test_few_predictions_are_in_flight():
+    taken = []
+
+    def batches():
+        for i in range(9):
+            taken.append(i)
+            yield {"image": jnp.ones(1)}
+
+    outputs = loop.predict(Compiled(), 0, batches())
+    next(outputs)
+    assert len(taken) == 3
+    assert len(list(outputs)) == 8

@@ -478,3 +478,52 @@ def test_a_step_compiles_once():
     for seed in range(3):
         state, _ = run_step(state, parallel.shard(random_batch(seed)))
     assert len(traces) == 1
+
+
+def predict_batch():
+    """Ten examples of five views each and two of padding, in an order of their own."""
+    rng = np.random.RandomState(0)
+    index = np.array([4, 9, 0, 1, 2, 3, -1, 8, 7, 6, 5, -1], np.int32)
+    return {
+        "image": rng.randint(256, size=(12, 5, 6, 6, 3)).astype(np.uint8),
+        "label": rng.randint(CLASSES, size=12).astype(np.int32),
+        "index": index,
+        "mask": index >= 0,
+    }
+
+
+@pytest.mark.parametrize("runner", ["pmap", "shard_map"])
+@pytest.mark.parametrize("num_devices", [1, 2, 4])
+def test_predictions_average_the_softmax_of_views_and_their_mirror_images(
+    num_devices, runner, monkeypatch
+):
+    devices = jax.devices()[:num_devices]
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    monkeypatch.setattr(jax, "local_device_count", lambda: num_devices)
+    model, batch = tiny_model(), predict_batch()
+    variables = init(model, jax.random.key(0))
+    step = steps.make_predict_step(partial(model.apply, train=False), to_float)
+    run = parallel.run_on_devices(step, runner)
+    found = jax.device_get(run(parallel.replicate(variables), parallel.shard(batch)))
+
+    views = np.float32(batch["image"]) / 64 - 2  # one pass a view, each way round
+    each = [views[:, i, :, ::way] for i in range(5) for way in (1, -1)]
+    forward = jax.jit(model.apply)
+    logits = np.float64([forward(variables, images) for images in each])
+    softmax = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+    expected = np.log(softmax.mean(axis=0))
+    np.testing.assert_allclose(found["log_probs"], expected, rtol=1e-5, atol=1e-5)
+    for name in ("label", "index", "mask"):
+        np.testing.assert_array_equal(found[name], batch[name])
+
+
+def test_predictions_of_one_image_are_its_log_softmax_and_never_infinite():
+    batch = {**predict_batch(), "image": np.full((12, 2, 2, 3), 5, np.uint8)}
+    far = np.array([0.0, -200, -400, -300])  # exp(-104) is 0 in float32
+    step = steps.make_predict_step(lambda _, x: far + 0 * x[:, 0, 0, :1], to_float)
+    views = {**batch, "image": np.full((12, 3, 2, 2, 3), 5, np.uint8)}
+    for given in (batch, views):
+        split = jax.tree.map(lambda x: x[None], given)
+        found = jax.device_get(on_devices(step, 1)({}, split))["log_probs"]
+        assert found.shape == (12, CLASSES)
+        np.testing.assert_allclose(found, np.tile(far, (12, 1)), rtol=1e-6)

@@ -121,18 +121,29 @@ def whole(image: np.ndarray, size: int) -> np.ndarray:
     return resize(image, size, size)
 
 
+def trim_strip(image: np.ndarray) -> np.ndarray:
+    """The middle of an image whose longer side is over 8 times the shorter one."""
+    limit = 8 * min(image.shape[:2])
+    top, left = (max(side - limit, 0) // 2 for side in image.shape[:2])
+    return image[top : top + limit, left : left + limit]
+
+
+def resize_for_crop(image: np.ndarray, size: int) -> np.ndarray:
+    """The image with its shorter side at size * 256 / 224, see `center_crop`."""
+    image = trim_strip(image)  # what would be enlarged in vain
+    height, width = image.shape[:2]
+    scale = round(size * 256 / 224) / min(height, width)
+    height, width = max(round(height * scale), size), max(round(width * scale), size)
+    return resize(image, height, width)
+
+
 def center_crop(image: np.ndarray, size: int) -> np.ndarray:
     """The middle [size, size, 3] of the image with its shorter side at size * 256 / 224.
 
     Source: Krizhevsky et al. 2012; He et al. 2015, section 3.4 (224 of 256).
     """
-    limit = 8 * min(image.shape[:2])  # of a strip, what would be enlarged in vain
-    top, left = (max(side - limit, 0) // 2 for side in image.shape[:2])
-    image = image[top : top + limit, left : left + limit]
+    image = resize_for_crop(image, size)
     height, width = image.shape[:2]
-    scale = round(size * 256 / 224) / min(height, width)
-    height, width = max(round(height * scale), size), max(round(width * scale), size)
-    image = resize(image, height, width)
     top, left = (height - size) // 2, (width - size) // 2
     return image[top : top + size, left : left + size]
 

@@ -2,7 +2,8 @@
 
 Batches are dicts of host arrays: `image` [b, S, S, 3] uint8, `label` [b] int32, and
 `position` [b] int32 (training) or `mask` [b] bool (evaluation), where b is the host's
-share of the global batch: host h of n holds the h-th contiguous slice.
+share of the global batch: host h of n holds the h-th contiguous slice. `plan_batches` has
+images of other shapes, and `index` [b] int32, the places in the split.
 
 A pool of threads fills a batch in place, while another is begun. Processes make parts of
 batches, which are put together here.
@@ -21,14 +22,15 @@ import numpy as np
 from tqdm import tqdm
 
 from resjax.config import UsageError
-from resjax.data import order
+from resjax.data import jpeg, order
 from resjax.data.datasets import Dataset
 from resjax.data.decode import DataError, check_label, decode, decode_window
 from resjax.data.recipes import Recipe
+from resjax.data.views import Group, Shape, View
 from resjax.data.workers import can_share, in_order, num_cores, processes
 
 HostBatch = dict[str, Any]
-Crop = Callable[[bytes, np.ndarray], None]  # encoded, and [S, S, 3] uint8 to be filled
+Crop = Callable[[bytes, np.ndarray], None]  # encoded, and the array to be filled
 
 _PART = 32  # examples that a process makes at a time
 
@@ -90,6 +92,26 @@ class Reader:
         image = decode(encoded, self.dataset.rotates)
         out[:] = self.dataset.eval_crop(image, self.image_size)
 
+    def crop_to(self, view: View) -> Crop:
+        """The crop that is this view of the decoded image, of the shape asked for."""
+
+        def crop(encoded: bytes, out: np.ndarray) -> None:
+            out[:] = view(decode(encoded, self.dataset.rotates), out.shape)
+
+        return crop
+
+    def measure(self, encoded: bytes, out: np.ndarray) -> None:
+        """Fills `out` with height and width of the decoded image.
+
+        The header of a JPEG file tells them; others are decoded.
+        """
+        header = jpeg.read_header(encoded)
+        turned = header and header.exif and self.dataset.rotates
+        if header and header.complete and header.height and not turned:
+            out[:] = header.height, header.width
+        else:
+            out[:] = decode(encoded, self.dataset.rotates).shape[:2]
+
     def count(self, damaged: dict[int, str]) -> None:
         """Says which examples are new among the damaged; raises if they are too many."""
         for index in sorted(damaged.keys() - self.damaged):
@@ -141,11 +163,14 @@ def _pool(num_threads: int) -> ThreadPoolExecutor:
 
 
 def _fill(
-    reader: Reader, count: int, load: Callable[[int, np.ndarray], int]
+    reader: Reader,
+    count: int,
+    load: Callable[[int, np.ndarray], int],
+    shape: Shape | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Images [count, S, S, 3] and labels [count]; load(i, out) makes the i-th of them."""
+    """Images [count, *shape] and labels [count]; load(i, out) makes the i-th of them."""
     size = reader.image_size
-    images = np.zeros((count, size, size, 3), np.uint8)
+    images = np.zeros((count, *(shape or (size, size, 3))), np.uint8)
     labels = np.zeros(count, np.int32)
 
     def fill_part(part: range) -> None:
@@ -289,32 +314,83 @@ def train_batches(
 
 @dataclasses.dataclass(frozen=True)
 class _EvalBatch:
-    """i -> the host's slice of the i-th batch."""
+    """(group, first) -> the host's slice of the batch that begins with its first-th."""
 
     reader: Reader
-    batch_size: int
-    local_size: int
+    crop: Crop
+    num_shards: int
     host: int
+    num_hosts: int
 
-    def __call__(self, batch: int) -> HostBatch:
-        reader, damaged = self.reader, dict[int, str]()
-        first = self.host * self.local_size
-        mask = np.zeros(self.local_size, bool)
+    def __call__(self, place: tuple[Group, int]) -> HostBatch:
+        group, first = place
+        whole = group.indices[first : first + group.batch_size]
+        local_size = -(-group.batch_size // self.num_shards) * (
+            self.num_shards // self.num_hosts
+        )
+        mine = whole[self.host * local_size : (self.host + 1) * local_size]
+        index = np.full(local_size, -1, np.int32)
+        index[: len(mine)] = mine
+        mask, damaged = np.zeros(local_size, bool), dict[int, str]()
 
         def load(i: int, out: np.ndarray) -> int:
-            index = batch * self.batch_size + first + i
-            if first + i >= self.batch_size or index >= len(reader.source):
+            if index[i] < 0:
                 return 0
             try:
-                label = reader.read(index, reader.eval_crop, out)
+                label = self.reader.read(int(index[i]), self.crop, out)
             except DataError as error:
-                damaged[index] = str(error)
+                damaged[int(index[i])] = str(error)
                 return 0
             mask[i] = True
             return label
 
-        images, labels = _fill(reader, self.local_size, load)
-        return {"image": images, "label": labels, "mask": mask, "damaged": damaged}
+        images, labels = _fill(self.reader, local_size, load, group.shape)
+        return {
+            "image": images,
+            "label": labels,
+            "mask": mask,
+            "index": index,
+            "damaged": damaged,
+        }
+
+
+def plan_batches(
+    reader: Reader,
+    crop: Crop,
+    plan: Sequence[Group],
+    *,
+    num_shards: int,
+    host: int = 0,
+    num_hosts: int = 1,
+) -> Iterator[HostBatch]:
+    """Every example of a plan once, in its order, on any number of devices and hosts.
+
+    Decoded by threads: processes would have to start for every evaluation.
+
+    Args:
+      reader: of the split.
+      crop: makes the view of an example, of the shape of its group.
+      plan: the examples by the shape of their views; all batches of a group are of one
+        size, so that one compiled program takes them.
+      num_shards: devices of all hosts; batches are padded to a multiple of it, with
+        zero images whose mask is False and whose index is -1.
+      host: index of this host.
+      num_hosts: number of hosts, which divides `num_shards`.
+
+    Raises:
+      UsageError: more damaged examples than may be left out; else each is named in a line
+        on standard error, and its mask is False.
+    """
+    reader = _sized(dataclasses.replace(reader, num_workers=0))
+    make = _EvalBatch(reader, crop, num_shards, host, num_hosts)
+    places = [
+        (group, first)
+        for group in plan
+        for first in range(0, len(group.indices), group.batch_size)
+    ]
+    for batch in in_order(make, places, num_threads=2, ahead=reader.prefetch):
+        reader.count(batch.pop("damaged"))
+        yield batch
 
 
 def eval_batches(
@@ -325,31 +401,63 @@ def eval_batches(
     host: int = 0,
     num_hosts: int = 1,
 ) -> Iterator[HostBatch]:
-    """Every example once, in order, on any number of devices and hosts.
-
-    Decoded by threads: processes would have to start for every evaluation.
+    """The crops of a whole split that are evaluated, in order, as `plan_batches`.
 
     Args:
       reader: of the split.
       batch_size: examples a batch, over all hosts; any positive number.
-      num_shards: devices of all hosts; batches are padded to a multiple of it, with
-        zero images whose mask is False.
+      num_shards: devices of all hosts.
       host: index of this host.
       num_hosts: number of hosts, which divides `num_shards`.
 
     Raises:
-      UsageError: more damaged examples than may be left out; else each is named in a line
-        on standard error, and not evaluated.
+      UsageError: more damaged examples than may be left out.
+    """
+    count, size = len(reader.source), reader.image_size
+    group = Group((size, size, 3), range(count), min(batch_size, count))
+    batches = plan_batches(
+        reader,
+        reader.eval_crop,
+        [group],
+        num_shards=num_shards,
+        host=host,
+        num_hosts=num_hosts,
+    )
+    for batch in batches:
+        del batch["index"]
+        yield batch
+
+
+def image_sizes(reader: Reader) -> list[tuple[int, int] | None]:
+    """Height and width of every example, as it is decoded; None for a damaged one.
+
+    Raises:
+      UsageError: more damaged examples than may be left out.
     """
     reader = _sized(dataclasses.replace(reader, num_workers=0))
-    num_examples = len(reader.source)
-    batch_size = min(batch_size, num_examples)
-    padded_size = -(-batch_size // num_shards) * num_shards
-    make = _EvalBatch(reader, batch_size, padded_size // num_hosts, host)
-    steps = range(-(-num_examples // batch_size))
-    for batch in in_order(make, steps, num_threads=2, ahead=reader.prefetch):
-        reader.count(batch.pop("damaged"))
-        yield batch
+    count, damaged = len(reader.source), dict[int, str]()
+    sizes = np.zeros((count, 2), np.int64)
+
+    def look(part: range) -> int:
+        for i in part:
+            try:
+                reader.read(i, reader.measure, sizes[i])
+            except DataError as error:
+                damaged[i] = str(error)
+        return len(part)
+
+    parts = [range(i, min(i + _PART, count)) for i in range(0, count, _PART)]
+    # disable=None: no bar if standard error is no terminal.
+    with tqdm(
+        total=count, desc="sizes", unit="img", unit_scale=True, disable=None, leave=False
+    ) as bar:
+        for done in _pool(reader.num_threads).map(look, parts):
+            bar.update(done)
+    reader.count(damaged)
+    return [
+        None if i in damaged else (int(height), int(width))
+        for i, (height, width) in enumerate(sizes)
+    ]
 
 
 def load_all(reader: Reader) -> tuple[np.ndarray, np.ndarray]:

@@ -17,6 +17,7 @@ from resjax.data import order, pipeline, sources
 from resjax.data.datasets import DATASETS
 from resjax.data.decode import decode, decode_window
 from resjax.data.recipes import RECIPES
+from resjax.data.views import Group
 
 DIGITS, IMAGENET = DATASETS["digits"], DATASETS["imagenet2012"]
 PLAIN, CROPPED = RECIPES["shift"], RECIPES["goyal"]
@@ -266,6 +267,109 @@ def test_evaluation_takes_centre_crops(imagenet):
     )
     expected = [IMAGENET.eval_crop(decode(example["image"]), 16) for example in source]
     np.testing.assert_array_equal(batch["image"], expected)
+
+
+# --- plans of views ------------------------------------------------------------------
+
+
+def cut(image, shape):
+    """A view that says where it is from: the upper left, or two of it."""
+    part = image[: shape[-3], : shape[-2]]
+    return np.stack([part] * shape[0]) if len(shape) == 4 else part
+
+
+PLAN = [
+    Group((2, 4, 3, 3), [8, 1, 5], 2),
+    Group((4, 2, 3), [0, 2, 3, 4, 6, 7, 9], 3),
+    Group((1, 1, 3), [10], 5),
+]
+
+
+@pytest.mark.parametrize(("num_shards", "num_hosts"), [(1, 1), (4, 1), (4, 2), (4, 4)])
+def test_a_plan_shows_each_example_once_in_the_shape_of_its_group(num_shards, num_hosts):
+    reader = read(make_source(11))
+    batches = joined(
+        list(
+            pipeline.plan_batches(
+                reader,
+                reader.crop_to(cut),
+                PLAN,
+                num_shards=num_shards,
+                host=host,
+                num_hosts=num_hosts,
+            )
+        )
+        for host in range(num_hosts)
+    )
+    seen = iter(batches)
+    for group in PLAN:
+        indices = []
+        for _ in range(-(-len(group.indices) // group.batch_size)):
+            batch = next(seen)
+            index, mask = batch["index"], batch["mask"]
+            padded = -(-group.batch_size // num_shards) * num_shards
+            assert batch["image"].shape == (padded, *group.shape)
+            np.testing.assert_array_equal(mask, index >= 0)
+            assert index.dtype == np.int32 and (index[~mask] == -1).all()
+            np.testing.assert_array_equal(batch["label"][mask], index[mask])
+            pixels = batch["image"].reshape(padded, -1)
+            assert (pixels[mask] == index[mask, None] + 1).all() and not pixels[~mask].any()
+            indices += index[mask].tolist()
+        assert indices == group.indices
+    assert next(seen, None) is None
+
+
+def test_a_damaged_example_of_a_plan_keeps_its_index_and_loses_its_mask(capsys):
+    reader = read(damaged_source(2, 5), skip_errors=2)
+    plan = [Group((4, 4, 3), [5, 0, 2], 2)]
+    batches = list(pipeline.plan_batches(reader, reader.crop_to(cut), plan, num_shards=1))
+    index, mask = (np.concatenate([b[name] for b in batches]) for name in ("index", "mask"))
+    assert index.tolist() == [5, 0, 2, -1]
+    assert mask.tolist() == [False, True, False, False]
+    assert reader.damaged == {2, 5} and len(capsys.readouterr().err.splitlines()) == 2
+
+
+def rotated(jpeg):
+    """The file with an EXIF tag that has it turned by a quarter when shown."""
+    tiff = b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
+    segment = b"Exif\0\0" + tiff
+    return (
+        jpeg[:2] + b"\xff\xe1" + (len(segment) + 2).to_bytes(2, "big") + segment + jpeg[2:]
+    )
+
+
+@pytest.mark.parametrize("name", ["imagenet2012", "folder"])
+def test_sizes_are_those_of_the_decoded_images(name, monkeypatch, capsys):
+    image = np.random.RandomState(0).randint(0, 256, (20, 31, 3)).astype(np.uint8)
+    jpeg, png = encode(image, ".jpg"), encode(image[:7], ".png")
+    files = [
+        jpeg,
+        png,
+        rotated(jpeg),
+        b"no image",
+        jpeg[:-20],
+        encode(image[:, :9], ".jpg"),
+    ]
+    source = [{"image": file, "label": 0} for file in files]
+    reader = read([*source, {"image": jpeg, "label": -1}], DATASETS[name], skip_errors=3)
+    decoded = []
+    monkeypatch.setattr(
+        pipeline, "decode", lambda *args: (decoded.append(args), decode(*args))[1]
+    )
+    turned = (31, 20) if name == "folder" else (20, 31)
+    expected = [(20, 31), (7, 31), turned, None, None, (20, 9), None]
+    assert pipeline.image_sizes(reader) == expected
+    # Not the JPEG files whose header tells all.
+    assert len(decoded) == (4 if name == "folder" else 3)
+    assert reader.damaged == {3, 4, 6} and len(capsys.readouterr().err.splitlines()) == 3
+    for file, size in zip(files, expected, strict=False):
+        if size:
+            assert decode(file, DATASETS[name].rotates).shape[:2] == size
+
+
+def test_one_damaged_example_too_many_stops_the_measuring():
+    with pytest.raises(UsageError, match="example 3: 8 bytes"):
+        pipeline.image_sizes(read(damaged_source(3)))
 
 
 # --- damage -------------------------------------------------------------------------
