@@ -5,13 +5,14 @@ python eval.py --workdir=runs/imagenet_resnet50 --step=450000 --batch_size=500
 python eval.py --workdir=runs/imagenet_resnet50 --crops=10
 python eval.py --workdir=runs/imagenet_resnet50 --scales=224,256,384,480,640
 python eval.py --workdir=runs/a --workdir=runs/b --details
+python eval.py --workdir=runs/digits --precise_bn=1437
 """
 
 import argparse
 import json
 
 from resjax import config as configs
-from resjax import hosts, runs
+from resjax import hosts, run_evaluation
 from resjax.compilation_cache import use_compilation_cache
 
 HELP = {
@@ -23,6 +24,9 @@ HELP = {
     "crops": "10: average over four corners, the middle and their mirror images",
     "scales": "the whole image, its shorter side of so many pixels, wherever the net can "
     "stand in it; averaged over places and scales",
+    "ema": "the averaged weights of a run with --config.ema_decay",
+    "precise_bn": "take batch norm's statistics anew over so many training images; the "
+    "numbers before are told, too",
     "details": "also write a table of the classes, the confusion matrix, the calibration "
     "and the worst mistakes into a folder beside the JSON file",
 }
@@ -53,11 +57,17 @@ def main(args: list[str]) -> int:
     add("--fold_batch_norm", action="store_true", help=told["fold_batch_norm"])
     add("--crops", type=int, default=1, metavar="1|10", help=told["crops"])
     add("--scales", type=_scales, default=(), metavar="S,S,...", help=told["scales"])
+    add("--ema", action="store_true", help=told["ema"])
+    add("--precise_bn", type=int, default=0, metavar="N", help=told["precise_bn"])
     add("--details", action="store_true", help=told["details"])
     configs.add_cluster_flags(parser)
     flags = parser.parse_args(args)
     if flags.batch_size is not None and flags.batch_size < 1:
         raise configs.UsageError(f"--batch_size: {flags.batch_size} is not 1 or more")
+    if flags.precise_bn < 0 or flags.precise_bn == 1:
+        raise configs.UsageError(
+            f"--precise_bn: {flags.precise_bn} is not 2 or more (0: as they are)"
+        )
     if "" in flags.workdir:
         raise configs.UsageError("--workdir: '' is empty; give a folder")
     if flags.data_dir == "":
@@ -67,7 +77,7 @@ def main(args: list[str]) -> int:
 
     def run() -> int:
         use_compilation_cache()
-        result = runs.evaluate(**values)
+        result = run_evaluation.evaluate(**values)
         if hosts.is_main():
             print(json.dumps(result))
         return 0

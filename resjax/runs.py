@@ -1,12 +1,10 @@
-"""Runs by their workdir: evaluate one, open one in a notebook.
+"""Runs by their workdir: open a checkpoint on any machine, in a notebook.
 
-The door of the library: `resjax.restore` is here, and what eval.py calls.
+The door of the library: `resjax.restore` is here. eval.py calls run_evaluation.py.
 """
 
-import contextlib
 import dataclasses
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,294 +13,10 @@ import numpy as np
 from etils import epath
 from flax import linen as nn
 
-from resjax import (
-    build,
-    build_data,
-    checkpoint,
-    evaluation,
-    hooks,
-    hosts,
-    loop,
-    parallel,
-    records,
-)
+from resjax import build, build_data, checkpoint, records
 from resjax import config as configs
-from resjax.build_prediction import Prediction, Protocol, build_prediction, check_protocol
 from resjax.checkpoint import Checkpoint
 from resjax.config import Config, UsageError
-from resjax.evaluation import Predictions
-from resjax.models import fold
-
-
-def evaluate(
-    workdir: str | epath.Path | Sequence[str | epath.Path],
-    step: int | str | None = None,
-    split: str = "test",
-    batch_size: int | None = None,
-    data_dir: str | None = None,
-    fold_batch_norm: bool = False,
-    *,
-    crops: int = 1,
-    scales: Sequence[int] = (),
-    details: bool = False,
-) -> dict[str, Any]:
-    """Evaluates a checkpoint on a whole split, each example once; or several together.
-
-    The softmax of several views of an image is averaged, and so is that of several runs.
-
-    Args:
-      workdir: of the run; of several for an ensemble, on one data set.
-      step: of the checkpoint; None = the latest; "best" = that which evaluated best.
-      split: "train" or "test".
-      batch_size: images of the size of the training at a time, of larger ones fewer; None =
-        as many as a minibatch of the training.
-      data_dir: where the data is; None = as in the training (of the first run).
-      fold_batch_norm: evaluate the net of `resjax.fold_batch_norm`, the same to rounding.
-      crops: 1 = the crop in the middle; 10 = corners, middle and their mirror images.
-      scales: for dense evaluation, see `models.dense.dense_logits`: shorter sides in
-        pixels of the whole image.
-      details: also write classes.csv, confusion.png, calibration.png and mistakes.png into
-        a folder beside the JSON file.
-
-    Returns:
-      {"top1", "top5" (percent), "loss" (nats), "num_examples", "step", "split", "model",
-      "data", "ece" (`evaluation.calibration_error`, percent), "images_per_second"}, and
-      what is not plain: "crops", "scales", "fold_batch_norm", "members" (of an ensemble,
-      each with its own top1). The speed is of images of the split, with all that is done
-      to them and without the time of compiling. Also written to `eval_<split>_<step>.json`
-      of the first workdir, if that can be written; the name says what is not plain.
-
-    Raises:
-      UsageError: no such checkpoint, split or data; no batch norm to fold; views that the
-        data or the model does not allow; runs that do not go together.
-
-    Source: Krizhevsky et al. 2012, section 4.1 (crops); Simonyan & Zisserman 2014
-      (arXiv:1409.1556), section 3.2 (scales); He et al. 2015, section 3.4 (both).
-    """
-    is_one = isinstance(workdir, str) or not isinstance(workdir, Sequence)
-    protocol = Protocol(crops, tuple(scales))
-    check_protocol(protocol)
-    members = _open_members([workdir] if is_one else workdir, step, data_dir)
-    if fold_batch_norm:
-        members = [_fold(member) for member in members]
-    first = members[0]
-    predictions = [
-        build_prediction(
-            member.config,
-            split,
-            batch_size or member.config.batch_size,
-            member.model,
-            protocol,
-            member.class_names,
-        )
-        for member in members
-    ]
-    mean, own, seconds = _predict(members, predictions)
-    numbers = evaluation.summarize(mean)
-    result = {
-        **{name: numbers[name] for name in ("top1", "top5", "loss", "num_examples")},
-        "step": first.step,
-        "split": split,
-        "model": " + ".join(dict.fromkeys(member.config.model for member in members)),
-        "data": first.config.data.name,
-        "ece": numbers["ece"],
-        "images_per_second": round(numbers["num_examples"] / seconds, 1),
-        **protocol.described,
-        **({"fold_batch_norm": True} if fold_batch_norm else {}),
-        **({"members": own} if len(members) > 1 else {}),
-    }
-    suffix = _suffix(result)
-    stem = f"eval_{split}_{first.step}{suffix}"
-    with contextlib.suppress(OSError):  # a run may be kept where nobody can write
-        records.write_json(first.workdir / f"{stem}.json", result)
-    if details and hosts.is_main():
-        what = f"{result['model']} on {result['data']}, {split}, step {first.step}"
-        title = f"{what}{suffix.replace('_', ', ')}: top-1 {result['top1']:.2f} %"
-        _write_details(first, stem, mean, predictions[0], title)
-    return result
-
-
-@dataclasses.dataclass(frozen=True)
-class _Member:
-    """A checkpoint that is evaluated, alone or with others.
-
-    Attributes:
-      path: as it was given.
-      workdir: of the run.
-      step: of the checkpoint.
-      config: of the run.
-      class_names: that it was trained on.
-      model: that is evaluated.
-      variables: of it.
-    """
-
-    path: epath.Path
-    workdir: epath.Path
-    step: int
-    config: Config
-    class_names: list[str]
-    model: Any
-    variables: dict[str, Any]
-
-
-def _open_members(
-    paths: Sequence[str | epath.Path], step: int | str | None, data_dir: str | None
-) -> list[_Member]:
-    """The checkpoints, at least one, checked to be of one data set, which is read once."""
-    if not paths:
-        raise UsageError("--workdir: none is given")
-    members: list[_Member] = []
-    for path in paths:
-        member = _open_member(checkpoint.to_path(path), step)
-        if members:
-            _check_together(members, member)
-            data_dir = data_dir or members[0].config.data.dir
-        data = member.config.data
-        data = dataclasses.replace(data, dir=data_dir or data.dir)
-        config = dataclasses.replace(member.config, data=data)
-        members.append(dataclasses.replace(member, config=config))
-    return members
-
-
-def _open_member(path: epath.Path, step: int | str | None) -> _Member:
-    """A checkpoint with the model of its run."""
-    found = _read(path, step)
-    try:
-        config = configs.from_dict(found.record["config"])
-    except UsageError as error:
-        raise UsageError(f"{path} is no run of this version: {error}") from error
-    stored, own = found.record.get("preprocess"), build_data.describe_preprocess(config)
-    if stored and stored != own:
-        raise UsageError(
-            f"{path} was trained and evaluated with {stored}, and this version has "
-            f"{own} for {config.data.name}; `resjax.restore` predicts with the former"
-        )
-    model = build.build_model(config)
-    return _Member(
-        path=path,
-        workdir=path.parent.parent if checkpoint.is_checkpoint(path) else path,
-        step=found.step,
-        config=config,
-        class_names=found.record["class_names"],
-        model=model,
-        variables=_variables(found, model),
-    )
-
-
-def _fold(member: _Member) -> _Member:
-    model, variables = fold.fold_batch_norm(member.model, member.variables)
-    return dataclasses.replace(member, model=model, variables=variables)
-
-
-def _check_together(members: Sequence[_Member], other: _Member) -> None:
-    """Raises `UsageError` if a run cannot be averaged with those before."""
-    first = members[0]
-    if any((other.workdir, other.step) == (m.workdir, m.step) for m in members):
-        raise UsageError(f"--workdir: {other.path} is there twice")
-    names = first.config.data.name, other.config.data.name
-    if names[0] != names[1]:
-        raise UsageError(
-            f"--workdir: {other.path} is of {names[1]}, and {first.path} of {names[0]}; "
-            "an ensemble needs one data set"
-        )
-    ours, theirs = first.class_names, other.class_names
-    if len(ours) != len(theirs):
-        raise UsageError(
-            f"--workdir: {other.path} has {len(theirs)} classes, and {first.path} "
-            f"{len(ours)}; an ensemble needs the same"
-        )
-    unnamed = [str(i) for i in range(len(ours))]
-    different = [
-        i for i, pair in enumerate(zip(ours, theirs, strict=True)) if len({*pair}) > 1
-    ]
-    if different and unnamed not in (ours, theirs):
-        i = different[0]
-        raise UsageError(
-            f"--workdir: class {i} of {other.path} is {theirs[i]!r}, and of {first.path} "
-            f"{ours[i]!r}; an ensemble needs the same"
-        )
-
-
-def _predict(
-    members: Sequence[_Member], predictions: Sequence[Prediction]
-) -> tuple[Predictions, list[dict[str, Any]], float]:
-    """What all say together, what each is worth alone, and the seconds that it took."""
-    own: list[dict[str, Any]] = []
-    waits = loop.Waits()
-    total = sum(p.num_examples * len(p.passes) for p in predictions)
-
-    def of_member(member: _Member, prediction: Prediction) -> Predictions:
-        variables = parallel.replicate(member.variables)
-
-        def of_pass(start: Callable[[], Iterable[Any]]) -> Iterator[dict[str, Any]]:
-            for output in loop.predict(prediction.step, variables, start(), waits):
-                bar.update(int((output["index"] >= 0).sum()))
-                yield output
-
-        mean = evaluation.average(
-            evaluation.collect(of_pass(start), expected)
-            for expected, start in prediction.passes
-        )
-        place = {"workdir": str(member.path), "step": member.step}
-        top1 = evaluation.summarize(mean)["top1"]
-        own.append({**place, "model": member.config.model, "top1": top1})
-        return mean
-
-    began = time.perf_counter()
-    with hooks.progress_bar(total, 0, "evaluating") as bar:
-        mean = evaluation.average(map(of_member, members, predictions))
-    return mean, own, time.perf_counter() - began - waits.compiling
-
-
-def _suffix(result: dict[str, Any]) -> str:
-    """What the name of a file says of an evaluation that is not the plain one."""
-    scales = "-".join(map(str, result.get("scales", ())))
-    parts = [
-        f"_crops{result['crops']}" if "crops" in result else "",
-        f"_scales{scales}" if scales else "",
-        "_folded" if "fold_batch_norm" in result else "",
-        f"_ensemble{len(result['members'])}" if "members" in result else "",
-    ]
-    return "".join(parts)
-
-
-def _write_details(
-    member: _Member, stem: str, mean: Predictions, prediction: Prediction, title: str
-) -> None:
-    """Writes the folder of `--details`, or says that it cannot be written."""
-    from resjax import evaluation_pictures
-
-    folder = member.workdir / stem
-    try:
-        evaluation_pictures.write_details(
-            folder, mean, member.class_names, prediction.read_image, title
-        )
-    except OSError as error:
-        records.warn(f"--details: {folder} cannot be written: {error}")
-
-
-def with_precise_bn(
-    config: Config, model: nn.Module, variables: dict[str, Any], num_examples: int
-) -> dict[str, Any]:
-    """Variables whose statistics are taken anew over training examples.
-
-    Args:
-      config: of the run, whose training split and augmentation are used.
-      model: of `build.build_model`, with batch norm.
-      variables: {"params", "batch_stats"}; any weights of the model.
-      num_examples: the first of the training stream; as many as the split has are each of
-        them once, more go on into its next epoch.
-
-    Returns:
-      {"params", "batch_stats"}, replicated.
-
-    Raises:
-      UsageError: fewer than two examples, no data, or a model without batch norm.
-    """
-    reader = build_data.build_reader(config, build_data.build_source(config, "train"))
-    recompute = build.build_precise_bn(config, model, reader, num_examples)
-    return recompute(parallel.replicate(variables))
-
 
 _CHUNK = 64  # images of one forward pass of `predict`
 
@@ -336,12 +50,26 @@ class Restored:
     predict: Callable[[Any], np.ndarray]
 
 
-def _read(path: epath.Path, step: int | str | None, item: str = "variables") -> Checkpoint:
-    """A checkpoint with that item of its arrays; says so if newer ones are damaged."""
+def read_checkpoint(
+    path: epath.Path, step: int | str | None = None, ema: bool = False
+) -> Checkpoint:
+    """A checkpoint with the arrays of `find_variables`.
+
+    Says so if newer ones are damaged.
+
+    Args:
+      path: a workdir, or a checkpoint in it.
+      step: of the checkpoint; None = the latest; "best" = that which evaluated best.
+      ema: with the averages of `config.ema_decay` in place of the weights.
+
+    Raises:
+      UsageError: no such run or checkpoint, or it is damaged.
+    """
     number: Any = _best_step(path) if step == "best" else step
     is_step = isinstance(number, int | np.integer) and not isinstance(number, bool)
     if number is not None and not (is_step and number >= 0):
         raise UsageError(f"step: {step!r} is neither a step nor 'best'")
+    item = "optimizer" if ema else "variables"  # to resume needs the averages
     found, damaged = checkpoint.read(path, number, items=[item])
     records.warn_of_damage(damaged, found.step)
     return found
@@ -364,8 +92,8 @@ def _best_step(workdir: epath.Path) -> int:
     return best
 
 
-def _variables(found: Checkpoint, model: nn.Module) -> dict[str, Any]:
-    """The variables as the model has them; raises `UsageError` if it has others."""
+def find_variables(found: Checkpoint, model: nn.Module) -> dict[str, Any]:
+    """Those of `read_checkpoint`; raises `UsageError` if the model has others."""
     images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     like = jax.eval_shape(model.init, jax.random.key(0), images)
     is_plain = "variables" in found.arrays
@@ -374,7 +102,7 @@ def _variables(found: Checkpoint, model: nn.Module) -> dict[str, Any]:
 
 
 def _averages(found: Checkpoint) -> checkpoint.Arrays:
-    """The averaged variables, which are with the optimizer: to resume needs them."""
+    """The averaged variables."""
     arrays = {
         name.removeprefix("ema/"): array
         for name, array in found.arrays["optimizer"].items()
@@ -405,14 +133,12 @@ def restore(
       run = resjax.restore("runs/digits")
       run.class_names[run.predict(image).argmax()]
     """
-    found = _read(
-        checkpoint.to_path(path, "path"), step, "optimizer" if ema else "variables"
-    )
+    found = read_checkpoint(checkpoint.to_path(path, "path"), step, ema)
     record = found.record
     config = _read_config(record)
     model = build.make_model(record.get("model") or build.describe_model(config))
     device = jax.local_devices()[0]
-    variables = jax.device_put(_variables(found, model), device)
+    variables = jax.device_put(find_variables(found, model), device)
     preprocess = build_data.make_preprocess(
         record.get("preprocess") or build_data.describe_preprocess(config)
     )

@@ -11,7 +11,7 @@ from conftest import ROOT, saved
 from etils import epath
 
 import resjax
-from resjax import checkpoint, checkpoint_writer, optim, parallel, steps
+from resjax import checkpoint, checkpoint_writer, optim, parallel, run_evaluation, steps
 from resjax.config import UsageError
 
 TX = optim.sgd(lambda step: jnp.float32(0.1), 0.9, True, 1e-4)
@@ -138,7 +138,7 @@ def test_a_run_of_the_first_format_opens(tmp_path):
     # bits of mantissa to be small; that commit evaluated it.
     shutil.copytree(FORMAT_1, tmp_path / "run")
     evaluated = json.loads((FORMAT_1 / "eval_test_135.json").read_text())
-    found = resjax.runs.evaluate(tmp_path / "run")
+    found = run_evaluation.evaluate(tmp_path / "run")
     assert found["loss"] == pytest.approx(evaluated.pop("loss"), rel=1e-5)
     assert {name: found[name] for name in evaluated} == evaluated
     run = resjax.restore(FORMAT_1)

@@ -14,7 +14,7 @@ from etils import epath
 from test_resume import NUM_STEPS, assert_same_run
 
 import resjax
-from resjax import checkpoint, checkpoint_writer, runs, training
+from resjax import checkpoint, checkpoint_writer, run_evaluation, training
 from resjax import config as configs
 from resjax.checkpoint import DamagedError
 from resjax.config import UsageError
@@ -421,11 +421,11 @@ def test_restore_and_evaluate_use_the_one_before(undamaged, tmp_path, capsys):
     wanted = checkpoint.to_arrays(whole.variables)
     for name, array in checkpoint.to_arrays(run.variables).items():
         np.testing.assert_array_equal(array, wanted[name])
-    result = runs.evaluate(workdir)
+    result = run_evaluation.evaluate(workdir)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith("the one of step 2 is used")
     assert result["step"] == 2
-    assert result["top1"] == runs.evaluate(workdir, 2)["top1"]
+    assert result["top1"] == run_evaluation.evaluate(workdir, 2)["top1"]
     assert (workdir / "checkpoints" / "3").is_dir()  # reading changes nothing
     with pytest.raises(UsageError, match=r"checkpoints/3 is damaged: .*\[1, 2\]"):
         resjax.restore(workdir, 3)
@@ -438,7 +438,7 @@ def test_nothing_left_to_restore_is_one_clear_error(undamaged, tmp_path, capsys)
     workdir = stopped_after(2, undamaged, tmp_path / "run")
     for step in (1, 2):
         (workdir / "checkpoints" / str(step) / OURS[0]).unlink()
-    for read in (resjax.restore, runs.evaluate):
+    for read in (resjax.restore, run_evaluation.evaluate):
         with pytest.raises(UsageError, match="checkpoints/2 is damaged: ") as caught:
             read(workdir)
         assert "\n" not in str(caught.value)

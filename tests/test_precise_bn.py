@@ -14,7 +14,15 @@ from flax import traverse_util
 from numpy.lib.stride_tricks import sliding_window_view
 from test_topology import finish, two_hosts
 
-from resjax import build, build_data, parallel, precise_bn, runs, signals, training
+from resjax import (
+    build,
+    build_data,
+    parallel,
+    precise_bn,
+    run_evaluation,
+    signals,
+    training,
+)
 from resjax import config as configs
 from resjax.config import Config, DataConfig, ModelKwargs, NormConfig, UsageError
 from resjax.data import augment, datasets, order, pipeline
@@ -78,7 +86,7 @@ def variables_of(config):
 
 def recompute(config, variables, num_examples=NUM_EXAMPLES):
     model = build.build_model(config)
-    new = runs.with_precise_bn(config, model, variables, num_examples)
+    new = run_evaluation.with_precise_bn(config, model, variables, num_examples)
     for old, kept in zip(*map(jax.tree.leaves, (variables, new)), strict=True):
         assert old.shape == kept.shape and kept.dtype == np.float32
     jax.tree.map(np.testing.assert_array_equal, new["params"], variables["params"])
@@ -247,11 +255,11 @@ def test_what_has_no_statistics_is_refused_in_a_line():
     plain = dataclasses.replace(config, norm=NormConfig(kind="none"))
     model = build.build_model(plain)
     with pytest.raises(UsageError, match="norm: the model has Bias, which has no stat"):
-        runs.with_precise_bn(plain, model, {}, 128)
+        run_evaluation.with_precise_bn(plain, model, {}, 128)
     with pytest.raises(UsageError, match="model: Dense is no model of create_model"):
-        runs.with_precise_bn(config, nn.Dense(2), {}, 128)
+        run_evaluation.with_precise_bn(config, nn.Dense(2), {}, 128)
     with pytest.raises(UsageError, match="1 examples are not 2 or more"):
-        runs.with_precise_bn(config, build.build_model(config), {}, 1)
+        run_evaluation.with_precise_bn(config, build.build_model(config), {}, 1)
     with pytest.raises(UsageError, match=r"config\.precise_bn_examples: 9, .*kind=none"):
         configs.validate(dataclasses.replace(plain, precise_bn_examples=9))
     for number in (-1, 1, 2**30 + 1):
@@ -331,7 +339,7 @@ def test_the_last_record_is_that_of_the_precise_statistics(plain, precise):
     *after, last = read_metrics(precise)
     assert before == after and last["step"] == last_before["step"] == LAST
     assert last["split"] == "test" and last["loss"] != last_before["loss"]
-    found = runs.evaluate(precise)
+    found = run_evaluation.evaluate(precise)
     assert found["loss"] == pytest.approx(last["loss"], rel=1e-5)
     assert found["top1"] == pytest.approx(last["top1"])
 

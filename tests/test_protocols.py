@@ -15,7 +15,7 @@ from conftest import ROOT, random_variables
 from tiny_tfds import SIZES, encode, pixels, write_imagenet
 
 import resjax
-from resjax import build, convert, loop, parallel, runs
+from resjax import build, convert, loop, parallel, run_evaluation
 from resjax.config import Config, DataConfig, ModelKwargs, UsageError
 from resjax.data.decode import decode
 
@@ -187,7 +187,7 @@ def evaluate(workdirs, tmp_path):
     def run(members, **options):
         for name in members:
             shutil.copytree(workdirs[name], tmp_path / name, dirs_exist_ok=True)
-        return runs.evaluate([tmp_path / name for name in members], **options)
+        return run_evaluation.evaluate([tmp_path / name for name in members], **options)
 
     return run
 
@@ -283,7 +283,9 @@ def test_damaged_examples_are_left_out_of_all_protocols(options, tmp_path, capsy
     config = dataclasses.replace(config, data=data)
     variables = random_variables(build.build_model(config))
     convert.write_checkpoint(tmp_path / "run", variables, config)
-    result = runs.evaluate(tmp_path / "run", batch_size=2, details=True, **options)
+    result = run_evaluation.evaluate(
+        tmp_path / "run", batch_size=2, details=True, **options
+    )
     assert result["num_examples"] == 5
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and "left out, as 1 of at most 1" in lines[0]
@@ -316,7 +318,7 @@ def test_images_that_are_evaluated_whole_leave_nothing_to_crop(tmp_path):
     variables = random_variables(build.build_model(config))
     convert.write_checkpoint(tmp_path / "run", variables, config)
     with pytest.raises(UsageError, match=r"--crops: 10, but images of cifar10 .*: 1$"):
-        runs.evaluate(tmp_path / "run", crops=10)
+        run_evaluation.evaluate(tmp_path / "run", crops=10)
 
 
 def write_other(workdir, config):
@@ -336,12 +338,12 @@ def test_runs_that_do_not_go_together_are_named(evaluate, data_folder, tmp_path)
         ("six", "six has 6 classes, and .*/a 5"),
     ):
         with pytest.raises(UsageError, match=said) as error:
-            runs.evaluate([tmp_path / "a", tmp_path / other])
+            run_evaluation.evaluate([tmp_path / "a", tmp_path / other])
         assert str(error.value).startswith("--workdir: ")
 
 
 def test_runs_of_classes_of_other_names_are_named(evaluate, workdirs, monkeypatch):
-    opened = runs._open_member
+    opened = run_evaluation._open_member
 
     def rename(path, step):
         member = opened(path, step)
@@ -350,7 +352,7 @@ def test_runs_of_classes_of_other_names_are_named(evaluate, workdirs, monkeypatc
             names[3] = "hen"
         return dataclasses.replace(member, class_names=names)
 
-    monkeypatch.setattr(runs, "_open_member", rename)
+    monkeypatch.setattr(run_evaluation, "_open_member", rename)
     with pytest.raises(UsageError, match=r"class 3 of .*/b is 'hen', and of .*/a 'pig'"):
         evaluate("ab")
 
@@ -388,5 +390,5 @@ def test_ten_crops_and_scales_are_those_of_pytorch(data_folder, on_devices, tmp_
         crops = np.stack([ten_crops(image) for image in images])
         scales = np.stack([(dense(x, 64) + dense(x, 96)) / 2 for x in images])
     for options, expected in (({"crops": 10}, crops), ({"scales": (64, 96)}, scales)):
-        result = runs.evaluate(tmp_path / "run", batch_size=16, **options)
+        result = run_evaluation.evaluate(tmp_path / "run", batch_size=16, **options)
         assert_reports(result, numbers_of(expected))
