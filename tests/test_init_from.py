@@ -66,11 +66,12 @@ def test_averages_start_from_the_weights_and_not_from_averages(source, tiny, tmp
             assert not np.array_equal(found[name], theirs[name])
 
 
-def test_frozen_layers_are_those_of_the_weights_to_the_end(source, tiny, tmp_path):
+def test_frozen_layers_are_those_of_the_weights_to_the_end(source, tiny, tmp_path, capsys):
     words = f"init_from={source}", "freeze_at=1", "ema_decay=0.9", "weight_decay=0.1"
     config = tiny(*words, "head_lr_multiplier=10", "checkpoint.every_steps=1")
     workdir = tmp_path / "run"
     assert training.train(config, workdir) == 0  # on eight devices
+    assert f"after step 2, stem frozen, in {workdir}\n" in capsys.readouterr().out
     given, found = saved(source, 2), saved(workdir, 2)
     for arrays in (found, averages(workdir, 2)):
         same = {n for n in given if given[n].tobytes() == arrays[n].tobytes()}
