@@ -89,10 +89,13 @@ def pool(groups: Iterable[tuple[int, np.ndarray]], values: np.ndarray) -> np.nda
 
 
 def split(num_examples: int, group: int) -> tuple[int, int]:
-    """How many groups of that size there are, and the examples of the last, larger one.
+    """How so many examples are divided into groups, each of them in one.
 
-    What does not fill a group joins the last, as a small one would be normalised by worse
-    statistics than any of training. No last one is 0; fewer examples than a group are one.
+    What does not fill a group joins the one before: alone it would be normalised by fewer
+    values than any group of training.
+
+    Returns:
+      The number of groups of that size, and the size of the last if it is another, else 0.
     """
     whole, rest = divmod(num_examples, group)
     if not rest:
@@ -105,8 +108,8 @@ def make_group_step(
 ) -> Callable[[Variables, Batch], jax.Array]:
     """The statistics of the groups of all devices, to be run under the mapped axis `AXIS`.
 
-    All but the norms does as in evaluation: stochastic depth drops no branch, but scales
-    it, since statistics are for the network that is evaluated.
+    Apart from its norms the network does what it does in evaluation, for which the
+    statistics are: stochastic depth drops no branch, and scales all.
 
     Args:
       model: of `create_model`, with `BatchNorm`.

@@ -29,7 +29,8 @@ def test_runs_that_differ_in_arrays_alone_are_trained_at_once():
 
 def test_runs_that_need_the_host_are_alone():
     alone = variants(dtype=["float16"], init_from=["runs/x"]) + variants(
-        data=[DataConfig(on_device=False), DataConfig(name="digits", recipe="resnet")]
+        data=[DataConfig(on_device=False), DataConfig(name="digits", recipe="resnet")],
+        precise_bn_examples=[64],
     )
     assert not any(map(build_members.can_train_together, alone))
     seeds = [dataclasses.replace(alone[0], seed=seed) for seed in (0, 1)]
