@@ -21,6 +21,7 @@ ORDER = [
     "analysis.attribution",
     "analysis.seeing",
     "analysis.resnext",
+    "run_evaluation",
     "runs",
     "evaluation_pictures",
     "evaluation",
