@@ -92,7 +92,10 @@ def evaluate(
         recompute = [_build_precise_bn(m.config, m.model, precise_bn) for m in members]
         mean, _, _ = _predict(members, predictions)
         before = _chosen(evaluation.summarize(mean), "top1", "top5", "loss")
-        _say(f"with the running statistics: {before}; recomputing them ...")
+        _say(
+            f"running statistics: loss {before['loss']:.4f} top-1 {before['top1']:.2f} %; "
+            f"recomputing them over {precise_bn:,} training examples"
+        )
         members = [
             dataclasses.replace(m, variables=new(parallel.replicate(m.variables)))
             for m, new in zip(members, recompute, strict=True)
@@ -102,6 +105,8 @@ def evaluate(
         predictions = _build(members, split, batch_size, protocol)
     mean, own, seconds = _predict(members, predictions)
     numbers = evaluation.summarize(mean)
+    if precise_bn:
+        _say(f"precise ones: loss {numbers['loss']:.4f} top-1 {numbers['top1']:.2f} %")
     result = {
         **_chosen(numbers, "top1", "top5", "loss", "num_examples"),
         "step": first.step,
