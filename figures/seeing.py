@@ -6,8 +6,8 @@
 
 Of the run in a workdir, after `train.py` or `python -m resjax.convert`. Images are those of
 the test split, or one's own. Each part of the page is a function of resjax/analysis, whose
-docstring has the paper. Half a minute for the digits; a large net takes as long as some
-thousand of its training steps at 10 images would, less with --steps=64.
+docstring has the paper. Half a minute for the digits on two cores; any net takes as long as
+some 300 of its training steps at 10 images would, and less with fewer --steps.
 """
 
 import dataclasses
