@@ -283,7 +283,7 @@ def _tinted(map_: np.ndarray, largest: float) -> np.ndarray:
 def _cap(saliency: np.ndarray) -> float:
     """What 1 % of the pixels exceed.
 
-    Source: Smilkov et al. 2017 (arXiv:1706.03825), section 3.
+    Source: Smilkov et al. 2017 (arXiv:1706.03825), for capping outliers.
     """
     return float(np.percentile(saliency, 99))
 
