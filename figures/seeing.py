@@ -6,8 +6,8 @@
 
 Of the run in a workdir, after `train.py` or `python -m resjax.convert`. Images are those of
 the test split, or one's own. Each part of the page is a function of resjax/analysis, whose
-docstring has the paper. Half a minute for the digits; a large net takes as long as some
-thousand of its training steps at 10 images would, less with --steps=64.
+docstring has the paper. Half a minute for the digits on two cores; any net takes as long as
+some 300 of its training steps at 10 images would, and less with fewer --steps.
 """
 
 import dataclasses
@@ -91,8 +91,8 @@ def examine(run: Any, images: np.ndarray, labels: np.ndarray | None, steps: int)
         told = f"seen as {_named(run, predicted[i], probabilities[i].max())}"
         captions.append(told if labels is None else f"{_short(run, labels[i])}\n{told}")
     maps = {}
-    for i in range(len(model.stage_sizes)):
-        name = f"stage{i + 1}"
+    for stage in range(1, len(model.stage_sizes) + 1):
+        name = f"stage{stage}"
         maps[name] = _most_varied(seeing.feature_maps(model, variables, chosen[:1], name))
     key = jax.random.key(0)
     excited = excitation.exciting_images(
@@ -248,7 +248,7 @@ def _draw_maps(part: SubFigure, page: Page) -> None:
 
 
 def _draw_tops(part: SubFigure, tops: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> None:
-    title = "Images that excite channels of the last stage most, and the middle of what they see"
+    title = "What excites channels of the last stage most, and the middle of what they see"
     grid = _grid(part, len(tops), COLUMNS, title)
     for row, (name, pictures, positions) in zip(grid, tops, strict=True):
         _name_row(row[0], name)
@@ -283,7 +283,7 @@ def _tinted(map_: np.ndarray, largest: float) -> np.ndarray:
 def _cap(saliency: np.ndarray) -> float:
     """What 1 % of the pixels exceed.
 
-    Source: Smilkov et al. 2017 (arXiv:1706.03825), section 3.
+    Source: Smilkov et al. 2017 (arXiv:1706.03825), for capping outliers.
     """
     return float(np.percentile(saliency, 99))
 

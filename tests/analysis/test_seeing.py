@@ -61,7 +61,6 @@ def test_maps_of_stages_are_those_that_the_net_returns(name, options):
 @pytest.mark.parametrize("remat", ["none", "blocks"])
 @pytest.mark.parametrize("name, options", NETS[:2])
 def test_maps_of_blocks_are_those_of_the_net_that_ends_there(name, options, remat):
-    # One block a stage fewer, and the stage's end is the end of the block before.
     model = create_model(name, **(options | {"stage_sizes": (3,), "remat": remat}))
     variables = random_variables(model)
     images = np.random.RandomState(0).randn(2, 8, 8, 3).astype(np.float32)
