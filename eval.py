@@ -15,7 +15,7 @@ from resjax import config as configs
 from resjax import hosts, run_evaluation
 from resjax.compilation_cache import use_compilation_cache
 
-HELP = {
+_HELP = {
     "workdir": "of the run; given several times, the softmax of the runs is averaged",
     "step": "checkpoint; the latest (default), or that which evaluated best in training",
     "batch_size": "images of the training's size at a time, of larger ones fewer; any "
@@ -48,7 +48,7 @@ def _scales(text: str) -> tuple[int, ...]:
 def main(args: list[str]) -> int:
     """Runs the command; returns its exit code."""
     parser = configs.ArgumentParser(prog="eval.py", description=__doc__)
-    add, told = parser.add_argument, HELP
+    add, told = parser.add_argument, _HELP
     add("--workdir", action="append", metavar="DIR", required=True, help=told["workdir"])
     add("--step", type=_step, metavar="N|best", help=told["step"])
     add("--split", default="test", help="test (default) or train")

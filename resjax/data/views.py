@@ -29,6 +29,9 @@ def five_crops(image: np.ndarray, shape: Shape) -> np.ndarray:
       which is `decode.center_crop`.
 
     Source: Krizhevsky et al. 2012, section 4.1; He et al. 2015, section 3.4.
+    Differs: Krizhevsky et al. first cut the resized image to the square in its middle;
+      these are its own corners, as in fb.resnet.torch (`TenCrop` of
+      datasets/transforms.lua).
     """
     size = shape[1]
     image = decode.resize_for_crop(image, size)
