@@ -1,11 +1,9 @@
 """Evaluates a run on a whole split, each image once; prints one JSON line.
 
 python eval.py --workdir=runs/digits
-python eval.py --workdir=runs/imagenet_resnet50 --step=450000 --batch_size=500
-python eval.py --workdir=runs/imagenet_resnet50 --crops=10
-python eval.py --workdir=runs/imagenet_resnet50 --scales=224,256,384,480,640
+python eval.py --workdir=runs/r50 --step=450000 --batch_size=500 --crops=10
+python eval.py --workdir=runs/r50 --scales=224,256,384,480,640
 python eval.py --workdir=runs/a --workdir=runs/b --details
-python eval.py --workdir=runs/digits --precise_bn=1437
 """
 
 import argparse
@@ -18,15 +16,12 @@ from resjax.compilation_cache import use_compilation_cache
 _HELP = {
     "workdir": "of the run; given several times, the softmax of the runs is averaged",
     "step": "checkpoint; the latest (default), or that which evaluated best in training",
-    "batch_size": "images of the training's size at a time, of larger ones fewer; any "
-    "number (default: as in training)",
+    "batch_size": "images of the training's size at a time (default: as in training)",
     "fold_batch_norm": "fold batch norm into the convolutions: the same but for rounding",
     "crops": "10: average over four corners, the middle and their mirror images",
-    "scales": "the whole image, its shorter side of so many pixels, wherever the net can "
-    "stand in it; averaged over places and scales",
+    "scales": "whole images with shorter sides of so many pixels, densely; averaged",
     "ema": "the averaged weights of a run with --config.ema_decay",
-    "precise_bn": "take batch norm's statistics anew over so many training images; the "
-    "numbers before are told, too",
+    "precise_bn": "take batch norm's statistics anew over so many training images",
     "details": "also write a table of the classes, the confusion matrix, the calibration "
     "and the worst mistakes into a folder beside the JSON file",
 }
@@ -64,14 +59,9 @@ def main(args: list[str]) -> int:
     flags = parser.parse_args(args)
     if flags.batch_size is not None and flags.batch_size < 1:
         raise configs.UsageError(f"--batch_size: {flags.batch_size} is not 1 or more")
-    if flags.precise_bn < 0 or flags.precise_bn == 1:
-        raise configs.UsageError(
-            f"--precise_bn: {flags.precise_bn} is not 2 or more (0: as they are)"
-        )
-    if "" in flags.workdir:
-        raise configs.UsageError("--workdir: '' is empty; give a folder")
-    if flags.data_dir == "":
-        raise configs.UsageError("--data_dir: '' is empty; give a folder")
+    for name, folders in (("workdir", flags.workdir), ("data_dir", [flags.data_dir])):
+        if "" in folders:
+            raise configs.UsageError(f"--{name}: '' is empty; give a folder")
     values = vars(flags)
     place = {name: values.pop(name) for name in configs.CLUSTER_FLAGS}
 

@@ -84,6 +84,8 @@ def evaluate(
     is_one = isinstance(workdir, str) or not isinstance(workdir, Sequence)
     protocol = Protocol(crops, tuple(scales))
     check_protocol(protocol)
+    if precise_bn < 0 or precise_bn == 1:
+        raise UsageError(f"--precise_bn: {precise_bn} is not 0, or 2 or more")
     members = _open_members([workdir] if is_one else workdir, step, data_dir, ema)
     first = members[0]
     predictions = _build(members, split, batch_size, protocol)
