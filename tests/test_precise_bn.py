@@ -347,6 +347,35 @@ def test_the_last_record_is_that_of_the_precise_statistics(plain, precise):
     assert found["top1"] == pytest.approx(last["top1"])
 
 
+def test_eval_makes_the_statistics_that_the_end_of_a_run_makes(plain, precise, capsys):
+    found = run_evaluation.evaluate(plain, precise_bn=NUM_EXAMPLES)
+    lines = capsys.readouterr().err.splitlines()
+    at_end, running = (run_evaluation.evaluate(run) for run in (precise, plain))
+    for name in ("top1", "top5", "loss"):
+        assert found[name] == pytest.approx(at_end[name], rel=1e-5)
+        assert found["before"][name] == running[name]
+    assert found["before"]["loss"] != found["loss"]
+    for kind, numbers in (("running", found["before"]), ("precise", found)):
+        told = f"loss {numbers['loss']:.4f} top-1 {numbers['top1']:.2f} %"
+        assert any(line.startswith(kind) and told in line for line in lines)
+    written = json.loads((plain / f"eval_test_{LAST}_precise1437.json").read_text())
+    assert written == found and written["precise_bn"] == NUM_EXAMPLES
+
+
+def test_averages_are_evaluated_with_their_own_statistics(train, tmp_path):
+    workdir = tmp_path / "run"
+    assert train(workdir, "ema_decay=0.9", EXAMPLES) == 0
+    rows = read_metrics(workdir)
+    (row,) = [r for r in rows if (r["split"], r["step"]) == ("test_ema", LAST)]
+    found = run_evaluation.evaluate(workdir, ema=True)
+    again = run_evaluation.evaluate(workdir, ema=True, precise_bn=NUM_EXAMPLES)
+    for name in ("top1", "loss"):  # they were made at the end of the run, and stay
+        assert found[name] == pytest.approx(row[name], rel=1e-5)
+        assert again[name] == pytest.approx(again["before"][name], rel=1e-5)
+    assert found["loss"] != run_evaluation.evaluate(workdir)["loss"]
+    assert (workdir / f"eval_test_{LAST}_ema_precise1437.json").exists()
+
+
 def test_a_run_says_the_numbers_before_and_after(train, plain, precise, tmp_path, capsys):
     workdir = killed_at_3(precise, tmp_path)
     assert train(workdir, EXAMPLES) == 0
