@@ -112,7 +112,8 @@ def written_out_update(model, batch, groups=1, smoothing=0.0):
 def test_an_update_is_sgd_on_the_mean_loss_of_the_minibatch(
     num_devices, group, microbatch, scale, smoothing
 ):
-    batch = random_batch()
+    # Of seed 0 a value is so near to 0 that rounding decides whether its ReLU is on.
+    batch = random_batch(seed=1)
     fields = {"microbatch": microbatch, "label_smoothing": smoothing}
     model, scale = tiny_model(group, parallel.AXIS), scale and init_loss_scale(scale)
     state, sums = run(model, num_devices, [batch], loss_scale=scale, **fields)
