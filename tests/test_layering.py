@@ -17,6 +17,7 @@ ORDER = [
     "analysis.propagation",
     "analysis.paths",
     "analysis.lesions",
+    "analysis.probe",
     "analysis.resnext",
     "runs",
     "convert",

@@ -13,6 +13,13 @@ from resjax.analysis.paths import (
     gradient_by_path,
     path_length_distribution,
 )
+from resjax.analysis.probe import (
+    Features,
+    draw_subset,
+    extract_features,
+    fit_probe,
+    learning_curve,
+)
 from resjax.analysis.propagation import (
     Propagation,
     draw_propagation,
@@ -22,13 +29,18 @@ from resjax.analysis.propagation import (
 from resjax.analysis.sweeps import Sweep, sweep
 
 __all__ = [
+    "Features",
     "Propagation",
     "Sweep",
     "central_range",
     "delete_blocks",
     "draw_propagation",
+    "draw_subset",
+    "extract_features",
+    "fit_probe",
     "gradient_by_length",
     "gradient_by_path",
+    "learning_curve",
     "list_blocks",
     "make_top1_error",
     "mean_propagation",
