@@ -183,15 +183,16 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         default=Path("runs/transfer"),
         help="of the files and the nets (default: %(default)s)",
     )
-    counts = {"type": _counts, "metavar": "N,..."}
     parser.add_argument(
         "--probe_at",
-        **counts,
+        metavar="N,...",
+        type=_counts,
         help="images per class of probes (default: 1,2,5,10,20,50 as far as there are)",
     )
     parser.add_argument(
         "--train_at",
-        **counts,
+        metavar="N,...",
+        type=_counts,
         help="images per class of trained nets (default: 5,10,20 of digits, else none, as "
         "it takes 2 x (rates + seeds) nets each)",
     )
