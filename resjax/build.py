@@ -21,7 +21,7 @@ from resjax.loss_scale import init_loss_scale
 from resjax.models.blocks import Layer
 from resjax.models.norm import BatchNorm, Bias
 from resjax.models.ops import Conv
-from resjax.models.resnet import create_model
+from resjax.models.resnet import create_model, frozen_layers
 from resjax.steps import Batch, TrainState
 
 _INT32 = 2**31  # steps and positions are int32
@@ -145,13 +145,17 @@ def check_devices(config: Config, num_devices: int) -> None:
 
 
 def check_model(config: Config, own_scheme: bool = False) -> None:
-    """Raises `UsageError` if the init scheme or the images do not fit the model.
+    """Raises `UsageError` if init scheme, images or `freeze_at` do not fit the model.
 
     Args:
       config: of the run.
       own_scheme: the init scheme is a function of the user's, and not looked at.
     """
     model = build_model(config)
+    try:
+        frozen_layers(model, config.freeze_at)
+    except UsageError as error:
+        raise UsageError(f"config.{error} of {config.model}") from error
     size, group = config.data.image_size, config.norm.virtual_batch_size
     shape = (group or config.batch_size, size, size, 3)
     images = jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -278,8 +282,47 @@ def build_optimizer(
 ) -> optax.GradientTransformation:
     """The optimizer, with the learning rate inside it."""
     makers = {"sgd": optim.sgd, "lars": optim.lars}
-    return makers[config.optimizer](
+    tx = makers[config.optimizer](
         schedule, config.momentum, config.nesterov, config.weight_decay
+    )
+    if config.head_lr_multiplier == 1:
+        return tx
+    return optax.chain(tx, optim.scale_head(config.head_lr_multiplier))
+
+
+def build_train_step(
+    config: Config,
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    augment: steps.Transform,
+) -> steps.TrainStep:
+    """The update of one device."""
+    return steps.make_train_step(
+        model,
+        tx,
+        augment,
+        config.batch_size,
+        config.seed,
+        config.microbatch,
+        config.label_smoothing,
+        config.ema_decay,
+        config.freeze_at,
+    )
+
+
+def build_state(
+    config: Config,
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    variables: dict[str, Any],
+) -> TrainState:
+    """The state before the first update, with all that the config's updates need."""
+    return steps.create_state(
+        variables,
+        tx,
+        init_loss_scale() if config.dtype == "float16" else None,
+        with_ema=config.ema_decay > 0,
+        frozen=frozen_layers(model, config.freeze_at),
     )
 
 
@@ -387,9 +430,7 @@ def build_run(config: Config) -> Run:
     schedule, derived = build_schedule(config, len(source))
     num_steps = derived["num_steps"]
     tx = build_optimizer(config, schedule)
-    train_step = steps.make_train_step(
-        model, tx, augment, config.batch_size, config.seed, config.microbatch
-    )
+    train_step = build_train_step(config, model, tx, augment)
     eval_steps = build_eval_steps(config, len(source), num_steps)
     save_due = build_save_due(config, eval_steps, num_steps)
     on_device = build_data.build_on_device(config, len(source))
@@ -401,8 +442,7 @@ def build_run(config: Config) -> Run:
     def init_state() -> TrainState:
         key = jax.random.key(config.seed)
         variables = initializers.init(model, key, scheme, config.data.image_size)
-        loss_scale = init_loss_scale() if config.dtype == "float16" else None
-        return parallel.replicate(steps.create_state(variables, tx, loss_scale))
+        return parallel.replicate(build_state(config, model, tx, variables))
 
     def must_end(step: int) -> bool:  # a dispatch, so that the state is there
         return step in eval_steps or save_due(step)

@@ -50,7 +50,7 @@ class Members:
       shard: M states -> states on the devices.
       train_step: (states, step) -> (states, sums of each update made), from that update;
         states are donated.
-      evaluate: states -> the sums of each batch of the test split.
+      evaluate: variables, or averages of them -> the sums of each batch of the test split.
       num_steps: updates of each run.
       eval_steps: updates after which they are evaluated.
       save_due: whether they are saved after an update.
@@ -64,7 +64,7 @@ class Members:
     init_states: Callable[[], TrainState]
     shard: Callable[[Sequence[TrainState]], TrainState]
     train_step: Callable[[TrainState, int], tuple[TrainState, tuple[steps.Sums, ...]]]
-    evaluate: Callable[[TrainState], list[steps.Sums]]
+    evaluate: Callable[[dict[str, Any]], list[steps.Sums]]
     num_steps: int
     eval_steps: frozenset[int]
     save_due: Callable[[int], bool]
@@ -155,7 +155,8 @@ def build_members(
         scheme = schemes.get(member.init) or initializers.get_scheme(member.init)
         key = jax.random.key(member.seed)
         variables = initializers.init(model, key, scheme, config.data.image_size)
-        return steps.create_state(variables, build.build_optimizer(member, jnp.float32))
+        tx = build.build_optimizer(member, jnp.float32)
+        return build.build_state(member, model, tx, variables)
 
     return Members(
         configs=list(members),
@@ -221,9 +222,7 @@ def _build_train_step(
             member = dataclasses.replace(config, **numbers)  # traced
             augment, _ = build_data.build_transforms(member)
             tx = build.build_optimizer(member, lambda step: own["rates"][step])
-            train_step = steps.make_train_step(
-                model, tx, augment, config.batch_size, member.seed, config.microbatch
-            )
+            train_step = build.build_train_step(member, model, tx, augment)
             run = steps.make_train_steps(train_step, take_batch, num_updates, unroll=False)
             return run(state, {**data, "first_epoch": own["first_epoch"]})
 
@@ -242,15 +241,15 @@ def _build_train_step(
 
 def _build_evaluate(
     config: Config, model: nn.Module, mesh: Mesh
-) -> Callable[[TrainState], list[steps.Sums]]:
+) -> Callable[[dict[str, Any]], list[steps.Sums]]:
     """`Members.evaluate`; the devices keep the test split."""
     from resjax.data import pipeline
 
     source = build_data.build_source(config, "test")
     _, prepare = build_data.build_transforms(config)
     eval_step = steps.make_eval_step(model, prepare)
-    run = parallel.run_members(lambda state, own, batch: eval_step(state, batch), mesh)
+    run = parallel.run_members(lambda own, _, batch: eval_step(own, batch), mesh)
     reader = build_data.build_reader(config, source)
     read = pipeline.eval_batches(reader, batch_size=config.batch_size, num_shards=1)
     batches: list[Batch] = [jax.device_put(b, NamedSharding(mesh, P())) for b in read]
-    return lambda states: [run(states.variables, {}, batch) for batch in batches]
+    return lambda variables: [run(variables, {}, batch) for batch in batches]

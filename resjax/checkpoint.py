@@ -1,9 +1,10 @@
 """Checkpoints of a run: what `checkpoints/<step>/state/` in the workdir holds.
 
-`variables.safetensors` has params and batch_stats, `optimizer.safetensors` the step and the
-buffers, and `record.json` says what they are: config, model, class names, preprocessing,
-versions, and of each array shape, type and CRC, which is verified when it is read. Each
-process reads by itself, on any devices. `checkpoint_writer.py` writes them.
+`variables.safetensors` has params and batch_stats, `optimizer.safetensors` the step, the
+buffers and, under `ema/`, averages of the variables, and `record.json` says what they are:
+config, model, class names, preprocessing, versions, and of each array shape, type and CRC,
+which is verified when it is read. Each process reads by itself, on any devices.
+`checkpoint_writer.py` writes them.
 """
 
 import dataclasses

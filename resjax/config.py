@@ -138,6 +138,9 @@ class Config:
     init_from: str | None = (
         None  # a workdir or checkpoint whose weights the run starts from
     )
+    # 1 keeps the stem of those weights as it is, 2 also the first stage, ..., one more than
+    # there are stages all but the classifier; 0 = nothing.
+    freeze_at: int = _not_negative(0)
     norm: NormConfig = NormConfig()
 
     batch_size: int = _positive(128)  # the global minibatch, kn
@@ -154,6 +157,10 @@ class Config:
     momentum: float = _fraction(0.9)
     nesterov: bool = True
     weight_decay: float = _not_negative(1e-4)
+    head_lr_multiplier: float = _positive(1.0)  # of the classifier's learning rate
+    label_smoothing: float = _fraction(0.0)  # of the training loss; evaluation has none
+    # Of the average over updates of the weights, evaluated as "test_ema"; 0 = no average.
+    ema_decay: float = _fraction(0.0)
 
     data: DataConfig = DataConfig()
 
@@ -312,6 +319,11 @@ def validate(config: Config) -> Config:
         raise UsageError(
             f"config.norm.virtual_batch_size: {group} does not divide "
             f"config.batch_size={batch}"
+        )
+    if config.freeze_at and config.init_from is None:
+        raise UsageError(
+            f"config.freeze_at: {config.freeze_at}, but there is no config.init_from, so "
+            "that layers would stay as they were drawn"
         )
     return config
 

@@ -126,7 +126,7 @@ class TrainLog:
 
         Args:
           step: updates finished.
-          split: "train" or "test".
+          split: "train", "test", or "test_ema" of the averaged weights.
           means: from `summarize`.
           images_per_second: by the wall clock.
         """

@@ -12,7 +12,10 @@ Sums = dict[str, jax.Array]
 
 
 def classification_sums(
-    logits: jax.Array, labels: jax.Array, mask: jax.Array | None = None
+    logits: jax.Array,
+    labels: jax.Array,
+    mask: jax.Array | None = None,
+    label_smoothing: float = 0.0,
 ) -> Sums:
     """Sums over a batch of loss, top-1 and top-5 hits, and the number of examples.
 
@@ -20,6 +23,7 @@ def classification_sums(
       logits: [B, K] float.
       labels: [B] int.
       mask: [B] bool, False for padding; None = all count.
+      label_smoothing: of the loss, see `cross_entropy`.
 
     Returns:
       {"loss", "top1", "top5", "num_examples"}, each [] float32. With fewer than five
@@ -32,7 +36,7 @@ def classification_sums(
     finite = jnp.isfinite(logits).all(axis=-1)
     hits = (best == labels[:, None]) & finite[:, None]
     values = {
-        "loss": cross_entropy(logits, labels),
+        "loss": cross_entropy(logits, labels, label_smoothing),
         "top1": hits[:, 0],
         "top5": hits.any(axis=-1),
         "num_examples": mask,

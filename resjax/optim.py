@@ -61,6 +61,26 @@ def sgd(
     )
 
 
+def scale_head(multiplier: float) -> optax.GradientTransformation:
+    """Multiplies the updates of the classifier; at the end of a chain, its learning rate.
+
+    A body that is trained already wants a small rate, and a new classifier a larger one.
+
+    Args:
+      multiplier: its rate / that of the body.
+
+    Source: Caffe's lr_mult, 10 for the new layer in its fine-tuning example; parameter
+      groups of PyTorch.
+    """
+
+    def scale(updates: Any, params: Any) -> Any:
+        return traverse_util.path_aware_map(
+            lambda path, u: multiplier * u if path[0] == "head" else u, updates
+        )
+
+    return optax.stateless(scale)
+
+
 def lars(
     learning_rate: Schedule,
     momentum: float,

@@ -84,9 +84,11 @@ def read_metrics(workdir: epath.Path) -> list[Record]:
     return rows
 
 
-def read_evaluations(workdir: epath.Path, last_step: float = math.inf) -> list[Record]:
-    """The records of the test split up to a step."""
-    rows = [row for row in read_metrics(workdir) if row["split"] == "test"]
+def read_evaluations(
+    workdir: epath.Path, last_step: float = math.inf, split: str = "test"
+) -> list[Record]:
+    """The records of the test split up to a step; of averaged weights with "test_ema"."""
+    rows = [row for row in read_metrics(workdir) if row["split"] == split]
     return [row for row in rows if row["step"] <= last_step]
 
 
@@ -218,8 +220,10 @@ def plot_curves(workdir: epath.Path, title: str) -> None:
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     figure.suptitle(title)
     panels = figure.subplots(1, 3)
-    for split, marker in (("train", ""), ("test", ".")):
+    for split, marker in (("train", ""), ("test", "."), ("test_ema", ".")):
         rows = [record for record in records if record["split"] == split]
+        if split == "test_ema" and not rows:  # a run without averages
+            continue
         epochs = [row["epoch"] for row in rows]
         losses, errors = [row["loss"] for row in rows], [100 - row["top1"] for row in rows]
         panels[0].plot(epochs, losses, label=split, marker=marker)

@@ -101,7 +101,8 @@ class Restored:
       config: of the run; None if another version of resjax wrote it in other terms.
       step: of the checkpoint.
       class_names: of the logits, in order.
-      evaluation: the last record of the test split when it was saved, None if none.
+      evaluation: the last record of the test split when it was saved, None if none; of the
+        averages if they are what was restored.
       versions: of what trained it: jax, flax, the commit of resjax, ...
       preprocess: images of any size, uint8 arrays or PIL -> [B, S, S, 3] float32, as the
         run was evaluated.
@@ -119,13 +120,13 @@ class Restored:
     predict: Callable[[Any], np.ndarray]
 
 
-def _read(path: epath.Path, step: int | str | None) -> Checkpoint:
-    """The variables of a checkpoint; says so if newer ones are damaged."""
+def _read(path: epath.Path, step: int | str | None, item: str = "variables") -> Checkpoint:
+    """A checkpoint with that item of its arrays; says so if newer ones are damaged."""
     number: Any = _best_step(path) if step == "best" else step
     is_step = isinstance(number, int | np.integer) and not isinstance(number, bool)
     if number is not None and not (is_step and number >= 0):
         raise UsageError(f"step: {step!r} is neither a step nor 'best'")
-    found, damaged = checkpoint.read(path, number, items=["variables"])
+    found, damaged = checkpoint.read(path, number, items=[item])
     records.warn_of_damage(damaged, found.step)
     return found
 
@@ -151,24 +152,46 @@ def _variables(found: Checkpoint, model: nn.Module) -> dict[str, Any]:
     """The variables as the model has them; raises `UsageError` if it has others."""
     images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     like = jax.eval_shape(model.init, jax.random.key(0), images)
-    return checkpoint.to_tree(found.arrays["variables"], like, found.path)
+    is_plain = "variables" in found.arrays
+    arrays = found.arrays["variables"] if is_plain else _averages(found)
+    return checkpoint.to_tree(arrays, like, found.path)
 
 
-def restore(path: str | epath.Path, step: int | str | None = None) -> Restored:
+def _averages(found: Checkpoint) -> checkpoint.Arrays:
+    """The averaged variables, which are with the optimizer: to resume needs them."""
+    arrays = {
+        name.removeprefix("ema/"): array
+        for name, array in found.arrays["optimizer"].items()
+        if name.startswith("ema/")
+    }
+    if not arrays:
+        raise UsageError(
+            f"ema: {found.path} has no averaged weights; a run with --config.ema_decay has"
+        )
+    return arrays
+
+
+def restore(
+    path: str | epath.Path, step: int | str | None = None, ema: bool = False
+) -> Restored:
     """Opens a checkpoint on any machine, without its data set, optimizer or devices.
 
     Args:
       path: a workdir, or a checkpoint in it, `runs/digits/checkpoints/337`.
       step: of the checkpoint; None = the latest; "best" = that which evaluated best.
+      ema: the averages of `config.ema_decay` in place of the weights.
 
     Raises:
-      UsageError: no such folder, run or checkpoint, with what is there; or it is damaged.
+      UsageError: no such folder, run or checkpoint, with what is there; or it is damaged,
+        or has no averages.
 
     Example:
       run = resjax.restore("runs/digits")
       run.class_names[run.predict(image).argmax()]
     """
-    found = _read(checkpoint.to_path(path, "path"), step)
+    found = _read(
+        checkpoint.to_path(path, "path"), step, "optimizer" if ema else "variables"
+    )
     record = found.record
     config = _read_config(record)
     model = build.make_model(record.get("model") or build.describe_model(config))
@@ -197,7 +220,7 @@ def restore(path: str | epath.Path, step: int | str | None = None) -> Restored:
         config=config,
         step=found.step,
         class_names=record["class_names"],
-        evaluation=record.get("evaluation"),
+        evaluation=record.get("evaluation_ema" if ema else "evaluation"),
         versions=record.get("versions", {}),
         preprocess=preprocess,
         predict=predict,

@@ -3,7 +3,8 @@
 Knows no config and no data set.
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from jax import lax
 from resjax.loss_scale import LossScale, all_finite
 from resjax.losses import cross_entropy
 from resjax.metrics import Sums, classification_sums
+from resjax.models.resnet import frozen_layers
 from resjax.parallel import AXIS
 
 Batch = dict[str, jax.Array]
@@ -33,8 +35,10 @@ class TrainState:
       step: [] int32, updates finished.
       params: parameters, float32.
       batch_stats: running statistics of the norms, float32.
-      opt_state: the optimizer's buffers.
+      opt_state: the optimizer's buffers, of the parameters that are trained.
       loss_scale: of a float16 computation; None = the loss is not scaled.
+      ema: averages of parameters and statistics over the updates, {"params",
+        "batch_stats"}; None = there are none.
     """
 
     step: jax.Array
@@ -42,6 +46,7 @@ class TrainState:
     batch_stats: Any
     opt_state: Any
     loss_scale: LossScale | None = None
+    ema: dict[str, Any] | None = None
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -52,19 +57,43 @@ class TrainState:
     def optimizer(self) -> dict[str, Any]:
         """The rest."""
         rest = {"step": self.step, "opt_state": self.opt_state}
-        return rest if self.loss_scale is None else {**rest, "loss_scale": self.loss_scale}
+        optional = {"loss_scale": self.loss_scale, "ema": self.ema}
+        return rest | {name: x for name, x in optional.items() if x is not None}
 
 
 def create_state(
     variables: dict[str, Any],
     tx: optax.GradientTransformation,
     loss_scale: LossScale | None = None,
+    with_ema: bool = False,
+    frozen: Collection[str] = (),
 ) -> TrainState:
-    """The state before the first update."""
+    """The state before the first update.
+
+    Args:
+      variables: {"params", "batch_stats"}.
+      tx: the optimizer.
+      loss_scale: of a float16 computation.
+      with_ema: keep averages, which start as the variables.
+      frozen: the layers that are not trained, from `frozen_layers`.
+    """
     params, stats = variables["params"], variables["batch_stats"]
     step = jnp.zeros((), jnp.int32)
-    opt_state = jax.jit(tx.init)(params)  # one program, not one a shape
-    return TrainState(step, params, stats, opt_state, loss_scale)
+    opt_state = jax.jit(tx.init)(_without(frozen, params))  # one program, not one a shape
+    state = TrainState(step, params, stats, opt_state, loss_scale)
+    if not with_ema:
+        return state
+    return dataclasses.replace(state, ema=copy_variables(state.variables))
+
+
+@jax.jit
+def copy_variables(variables: dict[str, Any]) -> dict[str, Any]:
+    """In memory of their own, as an update is given that of the whole state."""
+    return jax.tree.map(jnp.copy, variables)
+
+
+def _without(frozen: Collection[str], layers: dict[str, Any]) -> dict[str, Any]:
+    return {name: own for name, own in layers.items() if name not in frozen}
 
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Sums]]
@@ -77,6 +106,9 @@ def make_train_step(
     batch_size: int,
     seed: int = 0,
     microbatch: int = 0,
+    label_smoothing: float = 0.0,
+    ema_decay: float = 0.0,
+    freeze_at: int = 0,
 ) -> TrainStep:
     """The update of one device, to be run under the mapped axis `AXIS`.
 
@@ -90,6 +122,10 @@ def make_train_step(
       microbatch: examples of one backward pass; a device that holds more goes through them
         one microbatch after another, adds up the gradients and updates once. Norms must
         then take their statistics over examples of a microbatch. 0 = all at once.
+      label_smoothing: of the loss, also of that in the sums; see `cross_entropy`.
+      ema_decay: of the averages, if the state has them; see `move_averages`.
+      freeze_at: the layers of `frozen_layers` evaluate, and nothing of them in the state
+        changes: they have no gradient, no weight decay, no buffer in the optimizer.
 
     Returns:
       (state, batch) -> (state, sums), where batch has `image` [b, H, W, 3] uint8, `label`
@@ -100,28 +136,32 @@ def make_train_step(
       in the state changed but the scale.
     """
     key = jax.random.fold_in(jax.random.key(seed), _DROPOUT)
+    frozen = frozen_layers(model, freeze_at)
+    trained = partial(_without, frozen)
 
     def loss_fn(params: Any, state: TrainState, batch: Batch) -> tuple[jax.Array, Any]:
         logits, updates = model.apply(
-            {"params": params, "batch_stats": state.batch_stats},
+            {"params": {**state.params, **params}, "batch_stats": state.batch_stats},
             augment(batch),
             train=True,
+            freeze_at=freeze_at,
             mutable=["batch_stats"],
             rngs={"dropout": jax.random.fold_in(key, state.step)},
         )
-        loss = cross_entropy(logits, batch["label"]).sum() / batch_size
+        loss = cross_entropy(logits, batch["label"], label_smoothing).sum() / batch_size
         if state.loss_scale is not None:
             loss = loss * state.loss_scale.value
-        sums = classification_sums(logits, batch["label"])
+        sums = classification_sums(logits, batch["label"], label_smoothing=label_smoothing)
         if "stop" in batch:
             sums["stop"] = batch["stop"].sum()
-        return loss, (updates.get("batch_stats", {}), sums)
+        return loss, (trained(updates.get("batch_stats", {})), sums)
 
     def device_gradients(state: TrainState, batch: Batch) -> tuple[Any, Any, Sums]:
         """Gradients, new statistics and sums of a device's examples."""
 
         def of_part(part: Batch) -> tuple[Any, Any, Sums]:
-            grads, aux = jax.grad(loss_fn, has_aux=True)(state.params, state, part)
+            params = trained(state.params)
+            grads, aux = jax.grad(loss_fn, has_aux=True)(params, state, part)
             return grads, *aux
 
         local_size = len(batch["label"])
@@ -138,14 +178,18 @@ def make_train_step(
         scale = state.loss_scale
         if scale is not None:
             grads = jax.tree.map(lambda g: g / scale.value, grads)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = trained(state.params)
+        updates, opt_state = tx.update(grads, state.opt_state, params)
         new = TrainState(
             step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
-            batch_stats=batch_stats,
+            params={**state.params, **optax.apply_updates(params, updates)},
+            batch_stats={**state.batch_stats, **batch_stats},
             opt_state=opt_state,
             loss_scale=scale,
         )
+        if state.ema is not None:
+            moved = move_averages(state.ema, new.variables, ema_decay, state.step, frozen)
+            new = dataclasses.replace(new, ema=moved)
         if scale is not None:
             finite = all_finite((grads, batch_stats))
             skipped = ~finite & (scale.value > 1)  # at 1 it is no matter of scale
@@ -155,6 +199,42 @@ def make_train_step(
         return new, sums
 
     return train_step
+
+
+def move_averages(
+    ema: dict[str, Any],
+    variables: dict[str, Any],
+    decay: float,
+    step: jax.Array,
+    frozen: Collection[str] = (),
+) -> dict[str, Any]:
+    """Exponential moving averages after one more update: d * ema + (1 - d) * variables.
+
+    d = min(decay, (1 + step) / (10 + step)), so that what the weights were at first is
+    forgotten soon: after t updates an average is over about the last ninth of them, until
+    that is as many as 1 / (1 - decay). Running statistics are averaged like parameters:
+    those of the last weights would be of another net.
+
+    Args:
+      ema: {"params", "batch_stats"}.
+      variables: likewise, after the update.
+      decay: at least 0 and below 1.
+      step: [] int, updates finished before this one.
+      frozen: the layers that are left as they are.
+
+    Source: Szegedy et al. 2015 (arXiv:1512.00567), section 8, who evaluate averages; the
+      beginning is that of TensorFlow's ExponentialMovingAverage with `num_updates`.
+    """
+    share = jnp.maximum(1 - decay, 9 / (10 + step))  # 1 - d, without its rounding
+
+    def move(old: jax.Array, new: jax.Array) -> jax.Array:
+        return old + share * (new - old)
+
+    trained = partial(_without, frozen)
+    return {
+        kind: {**old, **jax.tree.map(move, trained(old), trained(variables[kind]))}
+        for kind, old in ema.items()
+    }
 
 
 def make_train_steps(

@@ -376,9 +376,9 @@ class _Log:
         window: dict[str, float],
     ):
         config, workdir = member.config, member.workdir
-        self.evaluations = records.read_evaluations(workdir)
-        metric = config.checkpoint.best_metric
-        best_step = functools.partial(records.best_step, self.evaluations, metric)
+        self.evaluations = training.read_evaluations(workdir)
+        metric, tests = config.checkpoint.best_metric, self.evaluations["test"]
+        best_step = functools.partial(records.best_step, tests, metric)
         self.keep, self.best_step = build.build_keep(config, best_step), best_step
         self.workdir, self.place, self.members = member.workdir, place, members
         self.saved_step, self.window = start_step, window
@@ -401,9 +401,11 @@ class _Log:
             if step % self.log.every == 0 or step == self.members.num_steps:
                 self._write(step, "train", self.window, speed)
                 self.window = {}
-        if segment.test:
-            test = {name: float(sums[self.place]) for name, sums in segment.test.items()}
-            self.evaluations.append(self._write(segment.step, "test", test, speed))
+        for split, tested in (("test_ema", segment.test_ema), ("test", segment.test)):
+            if tested:
+                own = {name: float(sums[self.place]) for name, sums in tested.items()}
+                record = self._write(segment.step, split, own, speed)
+                self.evaluations[split].append(record)
 
     def save_due(self, step: int) -> bool:
         """Whether a checkpoint is written after an update: as `train.py` has it."""
@@ -412,11 +414,10 @@ class _Log:
 
     def save(self, step: int, states: TrainState) -> None:
         """Writes a checkpoint, of `states` of all members; none of a run that diverged."""
-        evaluation = self.evaluations[-1] if self.evaluations else None
         state = jax.tree.map(lambda x: x[self.place], states)
         record = {
             **self.members.records[self.place],
-            "evaluation": evaluation,
+            **training.last_evaluations(self.evaluations),
             "window": self.window,
         }
         opened = checkpoint_writer.open_writer(self.workdir, self.keep)

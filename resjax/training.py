@@ -28,7 +28,7 @@ from resjax import (
 from resjax import config as configs
 from resjax.checkpoint import Checkpoint
 from resjax.config import Config, RunError, UsageError
-from resjax.steps import TrainState
+from resjax.steps import TrainState, copy_variables
 
 _LONG_WAIT = 20  # percent of the time without data
 
@@ -181,7 +181,10 @@ def _init_from(path: str, state: TrainState) -> tuple[TrainState, str]:
     records.warn_of_damage(damaged, given.step)
     origin = f"from the weights of {path} after step {given.step}"
     origin += " and a new classifier" if new_head else ""
-    return dataclasses.replace(state, **parallel.replicate(variables)), origin
+    state = dataclasses.replace(state, **parallel.replicate(variables))
+    if state.ema is not None:
+        state = dataclasses.replace(state, ema=copy_variables(state.variables))
+    return state, origin
 
 
 def put_aside(workdir: epath.Path, damaged: dict[int, checkpoint.DamagedError]) -> None:
@@ -314,8 +317,9 @@ def _fit(
     """`loop.fit` with the hooks of a run around it; whether the run is finished."""
     start_step, started = int(state.step), time.perf_counter()
     waits = loop.Waits()
-    evaluations = records.read_evaluations(workdir, start_step)
-    best_step = partial(records.best_step, evaluations, config.checkpoint.best_metric)
+    evaluations = read_evaluations(workdir, start_step)
+    metric, tests = config.checkpoint.best_metric, evaluations["test"]
+    best_step = partial(records.best_step, tests, metric)
     with contextlib.ExitStack() as stack:
         keep = build.build_keep(config, best_step)
         writer = stack.enter_context(checkpoint_writer.open_writer(workdir, keep))
@@ -338,7 +342,7 @@ def _fit(
         def save_due(step: int) -> bool:
             return run.save_due(step) or step == best_step(run.eval_steps)
 
-        if start_step in run.eval_steps and not _is_evaluated(evaluations, start_step):
+        if start_step in run.eval_steps and not _is_evaluated(tests, start_step):
             evaluate(start_step, state)  # in which the run was stopped
         if start_step < run.num_steps:
             _compile(run, state)
@@ -363,7 +367,7 @@ def _fit(
         writer.wait_until_finished()
     if failures:
         raise failures[0]
-    if step < run.num_steps or not _is_evaluated(evaluations, step):
+    if step < run.num_steps or not _is_evaluated(tests, step):
         return False
     minutes, seconds = divmod(round(time.perf_counter() - started), 60)
     damaged = (
@@ -374,6 +378,21 @@ def _fit(
         f"{waits.devices:.0f} s for the devices{damaged}); see {workdir}/curves.png"
     )
     return True
+
+
+def read_evaluations(
+    workdir: epath.Path, last_step: float = math.inf
+) -> dict[str, list[records.Record]]:
+    """The evaluations of a run up to a step: "test", and "test_ema" of its averages."""
+    read = partial(records.read_evaluations, workdir, last_step)
+    return {split: read(split) for split in ("test", "test_ema")}
+
+
+def last_evaluations(evaluations: dict[str, list[records.Record]]) -> dict[str, Any]:
+    """What a checkpoint says of `read_evaluations`: the last of each."""
+    tests, averaged = evaluations["test"], evaluations["test_ema"]
+    last = {"evaluation": tests[-1] if tests else None}
+    return last | ({"evaluation_ema": averaged[-1]} if averaged else {})
 
 
 def _is_evaluated(evaluations: list[records.Record], step: int) -> bool:
@@ -428,51 +447,59 @@ def _make_evaluation(
     run: build.Run,
     workdir: epath.Path,
     log: hooks.TrainLog,
-    evaluations: list[records.Record],
+    evaluations: dict[str, list[records.Record]],
     failures: list[Exception],
     wants_stop: Callable[[], bool],
     should_stop: Callable[[Any], bool],
 ) -> Callable[[int, TrainState], None]:
     """The action that evaluates, records and reports."""
 
-    def evaluate(step: int, state: TrainState) -> None:
+    def test(step: int, split: str, variables: Any) -> records.Record | None:
         before = time.perf_counter()
         batches = _until_failure(run.eval_batches(wants_stop), failures)
-        means = loop.evaluate(
-            run.eval_step, state.variables, batches, should_stop, log.waits
-        )
-        if means is None:  # to be done when the run goes on
-            return
+        means = loop.evaluate(run.eval_step, variables, batches, should_stop, log.waits)
+        if means is None:
+            return None
         if not math.isfinite(means["loss"]):
-            raise FloatingPointError(f"the test loss is {means['loss']} at step {step}")
+            raise FloatingPointError(f"the {split} loss is {means['loss']} at step {step}")
         speed = means["num_examples"] / (time.perf_counter() - before)
-        test = log.record(step, "test", means, speed)
-        log.write(test)
-        evaluations.append(test)
+        return log.record(step, split, means, speed)
+
+    def evaluate(step: int, state: TrainState) -> None:
+        weights = {"test": state.variables} | ({"test_ema": state.ema} if state.ema else {})
+        found = [test(step, split, variables) for split, variables in weights.items()]
+        tested = [record for record in found if record is not None]
+        if len(tested) < len(weights):  # to be done when the run goes on
+            return
+        for record in reversed(tested):  # with that of "test" the evaluation is whole
+            log.write(record)
+            evaluations[record["split"]].append(record)
         records.plot_curves(workdir, f"{config.model} on {config.data.name}")
-        report(run.num_steps, log.latest, test)
+        report(run.num_steps, log.latest, *tested)
         report_wait(log.take_data_wait(), config.data.name)
 
     return evaluate
 
 
 def _make_save(
-    run: build.Run, writer: Any, log: hooks.TrainLog, evaluations: list[records.Record]
+    run: build.Run,
+    writer: Any,
+    log: hooks.TrainLog,
+    evaluations: dict[str, list[records.Record]],
 ) -> Callable[[int, TrainState], None]:
     """The action that writes a checkpoint."""
 
     def save(step: int, state: TrainState) -> None:
-        evaluation = evaluations[-1] if evaluations else None
-        record = {**run.record, "evaluation": evaluation, "window": log.window}
+        record = {**run.record, **last_evaluations(evaluations), "window": log.window}
         checkpoint_writer.save(writer, step, state.variables, state.optimizer, record)
 
     return save
 
 
-def report(num_steps: int, train: records.Record, test: records.Record) -> None:
-    """Says how a run stands after an evaluation."""
-    line = f"step {test['step']:>6,}/{num_steps:,}  epoch {test['epoch']:6.2f}  "
-    for row in (train, test):
+def report(num_steps: int, train: records.Record, *tests: records.Record) -> None:
+    """Says how a run stands after an evaluation, of which there may be several records."""
+    line = f"step {tests[0]['step']:>6,}/{num_steps:,}  epoch {tests[0]['epoch']:6.2f}  "
+    for row in (train, *tests):
         if row:  # no training record is written yet if log_every_steps is large
             line += f"{row['split']} loss {row['loss']:.4f} top-1 {row['top1']:6.2f} %  "
     speed = f"{train['images_per_second']:,.0f} images/s" if train else ""

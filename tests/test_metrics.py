@@ -49,3 +49,13 @@ def test_summaries_weigh_examples_not_batches():
         {"loss": 1.0, "top1": 1.0, "top5": 1.0, "num_examples": 1.0},
     ]
     assert summarize(parts) == {"loss": 1.0, "top1": 50.0, "top5": 75.0, "num_examples": 4}
+
+
+def test_a_smoothed_loss_changes_no_hit():
+    logits, labels = jnp.array(LOGITS), jnp.array(LABELS)
+    plain = classification_sums(logits, labels)
+    smoothed = classification_sums(logits, labels, label_smoothing=0.2)
+    log_p = np.log(np.exp(LOGITS) / np.exp(LOGITS).sum(axis=1, keepdims=True))
+    expected = 0.8 * float(plain["loss"]) - 0.2 * log_p.mean(axis=1).sum()
+    np.testing.assert_allclose(smoothed.pop("loss"), expected, rtol=1e-5)
+    assert all(smoothed[name] == plain[name] for name in smoothed)

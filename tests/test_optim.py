@@ -56,14 +56,16 @@ def constant(rate):
 # --- the update rules ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("nesterov, head", [(False, 1), (True, 1), (True, 5)])
 @pytest.mark.parametrize("layerwise", [False, True], ids=["sgd", "lars"])
-def test_updates_follow_the_rule_with_the_rate_outside_the_buffer(layerwise, nesterov):
+def test_updates_follow_the_rule_with_the_rate_outside_the_buffer(
+    layerwise, nesterov, head
+):
     rates, momentum, decay, trust = [0.5, 2.0, 0.1, 0.02, 0.3], 0.9, 1e-2, 0.2
     params, grads = draw(), draw(len(rates), seed=1)
     make = partial(optim.lars, trust_coefficient=trust) if layerwise else optim.sgd
     tx = make(lambda step: jnp.array(rates)[step], momentum, nesterov, decay)
-    after = walk(tx, params, grads)
+    after = walk(optax.chain(tx, optim.scale_head(head)), params, grads)
     for path, w in params.items():
         u = np.zeros_like(w)
         for t, rate in enumerate(rates):
@@ -73,9 +75,41 @@ def test_updates_follow_the_rule_with_the_rate_outside_the_buffer(layerwise, nes
                 norm, grad_norm = np.sqrt((w**2).sum()), np.sqrt((grad**2).sum())
                 g = trust * norm / (grad_norm + decay * norm) * g
             u = momentum * u + g
+            rate *= head if path.startswith("head/") else 1
             w = w - rate * (g + momentum * u if nesterov else u)
             close = partial(np.testing.assert_allclose, rtol=1e-5, atol=2e-6)
             close(after[path][t], w, err_msg=f"{path} after update {t}")
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_the_rate_of_the_head_is_that_of_a_parameter_group_of_pytorch(nesterov):
+    import torch
+
+    rates, momentum, decay, head = [0.5, 2.0, 0.1], 0.9, 1e-2, 10.0
+    params, grads = draw(), draw(len(rates), seed=1)
+    tx = optim.sgd(lambda step: jnp.array(rates)[step], momentum, nesterov, decay)
+    after = walk(optax.chain(tx, optim.scale_head(head)), params, grads)
+    theirs = {path: torch.tensor(w, requires_grad=True) for path, w in params.items()}
+    groups = [
+        {
+            "params": [w],
+            "lr": 1.0,
+            "times": head if path.startswith("head/") else 1.0,
+            "weight_decay": 0.0 if "norm" in path else decay,
+        }
+        for path, w in theirs.items()
+    ]
+    sgd = torch.optim.SGD(groups, momentum=momentum, nesterov=nesterov)
+    for t, rate in enumerate(rates):
+        for group in sgd.param_groups:
+            group["lr"] = rate * group["times"]
+        for path, w in theirs.items():
+            w.grad = torch.tensor(grads[path][t])
+        sgd.step()
+        for path, w in theirs.items():
+            found = after[path][t]
+            np.testing.assert_allclose(found, w.detach().numpy(), rtol=1e-5, atol=2e-6)
 
 
 def test_lars_is_that_of_optax_at_a_constant_rate_without_decay():

@@ -30,6 +30,7 @@ class Segment:
       states: of the members, on the devices; given away when the next segment begins.
       train: sums of the minibatch of each update, {"loss", ...: [M, updates]}.
       test: sums over the test split, {"loss", ...: [M]}; empty if it was not evaluated.
+      test_ema: likewise, of the averaged weights; empty if there are none.
       seconds: that the updates took.
     """
 
@@ -38,6 +39,7 @@ class Segment:
     states: TrainState
     train: dict[str, np.ndarray]
     test: dict[str, np.ndarray]
+    test_ema: dict[str, np.ndarray]
     seconds: float
 
 
@@ -54,6 +56,8 @@ class Sweep:
       test_loss: in nats, [M, E].
       test_error: top-1, in percent, [M, E].
       variables: of each after the last update, {"params", "batch_stats"}.
+      ema: their averages, of which `test_loss_ema` and `test_error_ema` [M, E] tell; None
+        without `config.ema_decay`.
     """
 
     members: list[dict[str, Any]]
@@ -64,6 +68,9 @@ class Sweep:
     test_loss: np.ndarray
     test_error: np.ndarray
     variables: list[dict[str, Any]]
+    ema: list[dict[str, Any]] | None = None
+    test_loss_ema: np.ndarray | None = None
+    test_error_ema: np.ndarray | None = None
 
 
 def sweep(
@@ -114,10 +121,27 @@ def sweep(
         name: np.concatenate([segment.train[name] for segment in segments], axis=1)
         for name in segments[0].train
     }
-    test = {
-        name: np.stack([segment.test[name] for segment in evaluated], axis=1)
-        for name in evaluated[0].test
-    }
+    test, test_ema = (
+        {name: np.stack([part[name] for part in parts], axis=1) for name in parts[0]}
+        for parts in zip(*((s.test, s.test_ema) for s in evaluated), strict=True)
+    )
+    states = segments[-1].states
+
+    def of_each(variables: dict[str, Any]) -> list[dict[str, Any]]:
+        return [
+            jax.device_get(jax.tree.map(lambda x, i=i: x[i], variables))
+            for i in range(len(fields))
+        ]
+
+    averaged: dict[str, Any] = (
+        {}
+        if not states.ema
+        else {
+            "ema": of_each(states.ema),
+            "test_loss_ema": test_ema["loss"] / test_ema["num_examples"],
+            "test_error_ema": 100 - 100 * test_ema["top1"] / test_ema["num_examples"],
+        }
+    )
     return Sweep(
         members=fields,
         learning_rates=members.learning_rates,
@@ -126,10 +150,8 @@ def sweep(
         steps=np.array([segment.step for segment in evaluated]),
         test_loss=test["loss"] / test["num_examples"],
         test_error=100 - 100 * test["top1"] / test["num_examples"],
-        variables=[
-            jax.device_get(jax.tree.map(lambda x, i=i: x[i], segments[-1].states.variables))
-            for i in range(len(fields))
-        ],
+        variables=of_each(states.variables),
+        **averaged,
     )
 
 
@@ -169,15 +191,21 @@ def train_members(
                 if len(in_flight) > _IN_FLIGHT:
                     jax.block_until_ready(in_flight.popleft())
                 bar.update(images * len(each))
-            train, test = _fetch(sums, count), {}
+            train, test, test_ema = _fetch(sums, count), {}, {}
             seconds = time.perf_counter() - began
             if step == end and step in members.eval_steps:
-                each_test = _fetch(members.evaluate(states), count)
-                test = {name: values.sum(axis=1) for name, values in each_test.items()}
+                test = _evaluate(members, states.variables)
+                test_ema = _evaluate(members, states.ema) if states.ema else {}
             if step > first or test:
-                yield Segment(step, step - first, states, train, test, seconds)
+                yield Segment(step, step - first, states, train, test, test_ema, seconds)
             if step < end:
                 return
+
+
+def _evaluate(members: Members, variables: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Sums over the test split, {name: [M]}."""
+    each = _fetch(members.evaluate(variables), len(members.configs))
+    return {name: values.sum(axis=1) for name, values in each.items()}
 
 
 def _fetch(sums: list[Any], count: int) -> dict[str, np.ndarray]:

@@ -205,6 +205,7 @@ class ResNet(nn.Module):
         train: bool = False,
         update_stats: bool | None = None,
         return_stages: bool = False,
+        freeze_at: int = 0,
     ) -> Any:
         """Logits of a batch of normalised images.
 
@@ -216,23 +217,34 @@ class ResNet(nn.Module):
             `apply` needs mutable=["batch_stats"] and returns (result, updates).
           return_stages: also return what each stage puts out; the last is the map that
             the classifier averages.
+          freeze_at: the layers of `frozen_layers` evaluate, whatever `train` says: they use
+            their running statistics and leave them, and no gradient passes them.
 
         Returns:
           [B, num_classes] float32; the averaged map [B, D] float32 without a classifier.
           With `return_stages`, (that, {"stage1": [B, H/4, W/4, D1], ...}).
+
+        Raises:
+          UsageError: `freeze_at` is more than the net has layers for.
         """
-        flags: dict[str, Any] = {"train": train, "update_stats": update_stats}
+        frozen = frozen_layers(self, freeze_at)
+
+        def run(layer: Any, x: jax.Array) -> jax.Array:
+            if layer.name in frozen:
+                return lax.stop_gradient(layer(x, train=False, update_stats=False))
+            return layer(x, train=train, update_stats=update_stats)
+
         conv = partial(self.conv, dtype=self.dtype)
         stem_norm = None if self.preactivation else self.norm
         stem = Stem(self.width, self.downsample, conv, stem_norm, name="stem")
-        x = stem(x.astype(self.dtype), **flags)  # [B, H/4, W/4, width]
+        x = run(stem, x.astype(self.dtype))  # [B, H/4, W/4, width]
         stages = {}
         for i in range(len(self.stage_sizes)):
             name = f"stage{i + 1}"
-            x = self._stage(i, conv, name)(x, **flags)
+            x = run(self._stage(i, conv, name), x)
             stages[name] = x  # [B, H/4 / 2**i, W/4 / 2**i, D]
         if self.preactivation:
-            x = stages[name] = nn.relu(self.norm(name="norm")(x, **flags))
+            x = stages[name] = nn.relu(run(self.norm(name="norm"), x))
         x = x.astype(jnp.float32).mean(axis=(1, 2))  # [B, D]
         if self.num_classes:
             head = nn.Dense(
@@ -266,6 +278,38 @@ class ResNet(nn.Module):
             for j in range(1, self.stage_sizes[i] + 1)
         )
         return Stage(first, rest, survivals, self.remat == "blocks", name=name)
+
+
+def frozen_layers(model: nn.Module, freeze_at: int) -> tuple[str, ...]:
+    """The names of the layers that `freeze_at` keeps as they are, from the input on.
+
+    0: none; 1: the stem; 2: also stage1; ...; as many as there are stages, and 1: all but
+    the classifier, also the last norm of a pre-activation net.
+
+    Args:
+      model: of `create_model`.
+      freeze_at: layers, counting stem and stages.
+
+    Raises:
+      UsageError: less than 0, or more than there are; it says how many.
+
+    Source: FREEZE_AT of Detectron2, by default 2, the stem and its res2, our stage1; He et
+      al. 2015 (arXiv:1512.03385), appendix A, for norms that fine-tuning leaves.
+    Differs: both fix the statistics and Detectron2 also scale and bias of all norms; here
+      those above the border are trained.
+    """
+    if freeze_at == 0:
+        return ()
+    names = ["stem", *(f"stage{i + 1}" for i in range(len(model.stage_sizes)))]
+    if not 0 < freeze_at <= len(names):
+        raise UsageError(
+            f"freeze_at: {freeze_at} is not from 0 (nothing) to {len(names)} (stem to "
+            f"{names[-1]})"
+        )
+    if model.preactivation and freeze_at == len(names):
+        names.append("norm")
+        freeze_at += 1
+    return tuple(names[:freeze_at])
 
 
 def _cifar(depth: int, branch: Branch = basic, **options: Any) -> Callable[..., ResNet]:
