@@ -38,8 +38,7 @@ from resjax.analysis import probe
 from resjax.comparisons import outcome
 from resjax.compilation_cache import use_compilation_cache
 from resjax.config import ArgumentParser, UsageError, run_command
-from resjax.data import sources
-from resjax.data.folder import FolderSource
+from resjax.data.folder import open_folder
 
 CLAIM = (
     "Yosinski et al. 2014 (arXiv:1411.1792): a net that starts from the features of other "
@@ -48,7 +47,10 @@ CLAIM = (
 PROBE_AT = (1, 2, 5, 10, 20, 50)  # images per class, as far as there are so many
 TRAIN_AT = (5, 10, 20)
 # What is another for each net, and so no word of the command line.
-_OWN = ("seed", "num_classes", "init_from", "lr_per_256", "num_epochs", "data.dir")
+_OWN = (
+    *("seed", "num_classes", "init_from", "freeze_at", "data.name", "data.dir"),
+    *("batch_size", "lr_per_256", "num_epochs"),
+)
 
 
 def probe_curve(
@@ -148,9 +150,7 @@ def draw(rows: Sequence[Row], title: str, chance: float) -> Figure:
 
 
 def _counts(text: str) -> tuple[int, ...]:
-    """Whole numbers from 1, separated by commas; "none" for no number."""
-    if text == "none":
-        return ()
+    """Whole numbers from 1, separated by commas."""
     return tuple(sorted({figures.positive(part) for part in text.split(",")}))
 
 
@@ -243,16 +243,18 @@ def main(arguments: list[str]) -> int:
     else:
         old, data_dir = nets.write_digits(output)
         origin = output / "old_digits_run"
-        nets.pretrain_digits(origin, old, words)
-        train_at = TRAIN_AT if train_at is None else train_at
+        train_at = train_at or TRAIN_AT
         title = "digits 5 to 9, from a net of the digits 0 to 4"
+    pool, seeds = open_folder(str(data_dir), "train"), range(flags.seeds)
+    sizes = np.bincount(pool.labels)
+    counts = flags.probe_at or [count for count in PROBE_AT if count <= sizes.min()]
+    probe.check_enough(pool.labels, counts, pool.class_names)
+    nets.check_counts(pool, train_at or ())
+    if not flags.workdir:
+        nets.pretrain_digits(origin, old, words)
     run = resjax.restore(origin)
     if run.config is None:
         raise UsageError(f"--workdir: {origin} was trained by another version of resjax")
-    pool = sources.open_source("folder", str(data_dir), "train")
-    assert isinstance(pool, FolderSource)
-    sizes, seeds = np.bincount(pool.labels), range(flags.seeds)
-    counts = flags.probe_at or [count for count in PROBE_AT if count <= sizes.min()]
     rows = probe_curve(run, data_dir, counts, seeds)
     if train_at:
         budget = nets.Budget(flags.updates, flags.batch_size, flags.rates)

@@ -23,9 +23,8 @@ from resjax.config import (
     RunError,
     UsageError,
 )
-from resjax.data import sources
 from resjax.data.datasets import get_dataset
-from resjax.data.folder import FolderSource
+from resjax.data.folder import FolderSource, open_folder
 
 PROBE, FINE_TUNED, FROM_SCRATCH = METHODS = ("probe", "fine-tuned", "from scratch")
 RATES = (0.05, 0.2, 0.8)  # lr_per_256
@@ -143,6 +142,8 @@ def transfer_config(
         norm=NormConfig(kind=base.norm.kind),
         batch_size=budget.batch_size,
         microbatch=0,
+        freeze_at=0,
+        head_lr_multiplier=1.0,
         schedule="cosine",
         warmup="none",
         num_epochs=epochs,
@@ -151,6 +152,17 @@ def transfer_config(
         published_error=None,
         **own,
     )
+
+
+def check_counts(pool: FolderSource, counts: Sequence[int]) -> None:
+    """Raises `UsageError` if a class has no image left to choose the learning rate by."""
+    least = int(np.bincount(pool.labels).min())
+    for count in counts:
+        if count >= least:
+            raise UsageError(
+                f"--train_at: {count} of a class of {least} images in {pool.directory} "
+                f"leave none to choose the learning rate by; allowed: 1 to {least - 1}"
+            )
 
 
 def train_curve(
@@ -178,19 +190,11 @@ def train_curve(
       words: `--config.FIELD=VALUE`, of all nets.
 
     Raises:
-      UsageError: a class has no image left to choose the rate by.
+      UsageError: see `check_counts`.
       RunError: a net diverged at every rate.
     """
-    pool = sources.open_source("folder", str(data_dir), "train")
-    test = sources.open_source("folder", str(data_dir), "test")
-    assert isinstance(pool, FolderSource) and isinstance(test, FolderSource)
-    least = int(np.bincount(pool.labels).min())
-    for count in counts:
-        if count >= least:
-            raise UsageError(
-                f"--train_at: {count} leaves a class of {least} images in {data_dir} none "
-                f"to choose the learning rate by; allowed: 1 to {least - 1}, or none"
-            )
+    pool, test = (open_folder(str(data_dir), split) for split in ("train", "val"))
+    check_counts(pool, counts)
 
     def accuracy(method: str, count: int, seed: int, rate: float) -> float:
         drawn = probe.draw_subset(pool.labels, count, seed)
