@@ -1,10 +1,10 @@
-"""Fine-tunes an ImageNet ResNet-50 on one's own photos, DIR/train/CLASS and DIR/val/CLASS.
+r"""Fine-tunes an ImageNet ResNet-50 on one's own photos, DIR/train/CLASS and DIR/val/CLASS.
 
 python -m resjax.convert resnet50.safetensors --model resnet50 --workdir runs/resnet50
-python train.py --config=configs/finetune_folder.py --workdir=runs/photos \
-    --config.data.dir=DIR --config.num_classes=N
-python eval.py --workdir=runs/photos --step=best
-python -c "import resjax; print(resjax.restore('runs/photos', 'best').class_names)"
+python train.py --config=configs/finetune_folder.py --config.num_classes=N \
+    --config.data.dir=DIR
+python eval.py --workdir=runs/finetune_folder --step=best
+python -c "import resjax; run = resjax.restore('runs/finetune_folder', 'best'); ..."
 
 N is the number of folders. Any run of the same model can be started from, with
 --config.init_from=WORKDIR, another model with --config.model=NAME. Change first lr_per_256

@@ -11,9 +11,9 @@ features (probe); all of it trained further (fine-tuned); its model trained from
 three, a seed a draw, and those of a smaller number are among those of a larger.
 
 The two ways of training differ in `init_from`, and in the learning rate: of --rates each
-takes, for each number, the best in one more draw, tested on the images of train that were
-not drawn. So nothing is chosen by the images that are tested on. Minibatch, updates,
-augmentation, decay and schedule (cosine) are the same for both and for all numbers.
+takes the best, on average over the numbers in one more draw, tested on the images of train
+that were not drawn. So nothing is chosen by the images that are tested on. Minibatch,
+updates, augmentation, decay and schedule (cosine) are the same for both and all numbers.
 
 Without --workdir, ResNet-20 is first trained on a folder of the digits 0 to 4 by the recipe
 of configs/digits.py. The other classes are the digits 5 to 9: 50 of each to draw from, and
@@ -142,7 +142,7 @@ def draw(rows: Sequence[Row], title: str, chance: float) -> Figure:
     panel.set(xlabel="training images per class", ylabel="top-1 test accuracy, %")
     panel.set_title(title, fontsize=10)
     panel.grid(alpha=0.3)
-    panel.legend(loc="lower right")
+    panel.legend(loc="upper left")
     return figure
 
 
@@ -194,7 +194,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar="N,...",
         type=_counts,
         help="images per class of trained nets (default: 5,10,20 of digits, else none, as "
-        "it takes 2 x (rates + seeds) nets each)",
+        "each takes 2 x (rates + seeds) nets)",
     )
     parser.add_argument(
         "--seeds", metavar="N", type=figures.positive, default=3, help="(%(default)s)"
@@ -218,7 +218,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar="RATE,...",
         type=_rates,
         default=nets.RATES,
-        help="learning rates per 256 examples to choose among (default: 0.05,0.2,0.8)",
+        help="learning rates per 256 examples to choose among (default: 0.05,0.2,0.8,3.2)",
     )
     flags, words = parser.parse_known_args(arguments)
     if (flags.workdir is None) != (flags.data_dir is None):
@@ -262,7 +262,9 @@ def main(arguments: list[str]) -> int:
             run.config, origin, data_dir, train_at, seeds, budget, output, words
         )
     records.say("\n" + format_table(rows))
-    title = f"{title}\n{run.config.model}; {flags.seeds} draws, mean and one deviation"
+    title = (
+        f"{title}\n{run.config.model}; {flags.seeds} draws, mean and one standard deviation"
+    )
     chance = 100 - figures.chance_error(len(sizes))
     said = f"{CLAIM}\n{verdict(rows)}"
     figures.save(output, "transfer", draw(rows, title, chance), rows, said)
