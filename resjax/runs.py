@@ -179,7 +179,8 @@ def restore(
     Args:
       path: a workdir, or a checkpoint in it, `runs/digits/checkpoints/337`.
       step: of the checkpoint; None = the latest; "best" = that which evaluated best.
-      ema: the averages of `config.ema_decay` in place of the weights.
+      ema: the averages of `config.ema_decay` in place of the weights; "best" is still that
+        of which the weights evaluated best.
 
     Raises:
       UsageError: no such folder, run or checkpoint, with what is there; or it is damaged,

@@ -28,6 +28,7 @@ from resjax import (
 from resjax import config as configs
 from resjax.checkpoint import Checkpoint
 from resjax.config import Config, RunError, UsageError
+from resjax.models.resnet import frozen_layers
 from resjax.steps import TrainState, copy_variables
 
 _LONG_WAIT = 20  # percent of the time without data
@@ -269,6 +270,8 @@ def introduce(config: Config, run: build.Run, workdir: epath.Path, origin: str) 
         warmup = "no warmup"
         if config.warmup == "goyal":
             warmup += " (goyal warms up only minibatches over 256)"
+    frozen = frozen_layers(build.build_model(config), config.freeze_at)
+    origin += f", {' '.join(frozen)} frozen" if frozen else ""
     records.say(
         f"{config.model} on {config.data.name} ({run.num_examples:,} examples, "
         f"{config.num_classes} classes), {origin}, in {workdir}\n"

@@ -6,8 +6,9 @@ import json
 import jax
 import numpy as np
 import pytest
+from conftest import ROOT
 
-from resjax import build, build_data, loop, parallel
+from resjax import build, build_data, checkpoint, loop, parallel
 from resjax.config import (
     CheckpointConfig,
     Config,
@@ -19,6 +20,8 @@ from resjax.config import (
 from resjax.data import order
 from resjax.models.norm import BatchNorm, Bias
 from resjax.steps import TrainState
+
+GOLDEN = ROOT / "tests" / "golden"
 
 
 def derived_of(num_examples=1_281_167, **fields):
@@ -172,6 +175,57 @@ def test_only_float16_scales_its_loss(dtype, scaled):
     state = jax.eval_shape(build.build_run(config).init_state)
     assert (state.loss_scale is not None) == scaled
     assert {x.dtype for x in jax.tree.leaves(state.params)} == {np.dtype(np.float32)}
+
+
+def state_of(**fields):
+    config = dataclasses.replace(Config(), num_epochs=1, **fields)
+    return checkpoint.to_arrays(
+        jax.tree.map(
+            lambda x: np.zeros(x.shape, x.dtype),
+            jax.eval_shape(build.build_run(config).init_state),
+        )
+    )
+
+
+def test_a_state_has_what_its_fields_need_and_no_more():
+    # By default the arrays are those of the checkpoints before averages and freezing.
+    variables = json.loads((GOLDEN / "cifar_resnet20.json").read_text())
+    params = {name for name in variables if name.startswith("params/")}
+    plain = state_of()
+    buffers = {name.replace("params/", "opt_state/1/trace/") for name in params}
+    count = {"opt_state/2/count"}
+    assert set(plain) == {*variables, *buffers, "step", *count}
+    averaged = state_of(ema_decay=0.9, label_smoothing=0.1)
+    assert set(averaged) - set(plain) == {f"ema/{name}" for name in variables}
+    frozen = state_of(freeze_at=2, init_from="x")
+    gone = {name for name in buffers if name.split("/")[3] in ("stem", "stage1")}
+    assert gone and set(plain) - set(frozen) == gone and set(frozen) < set(plain)
+
+
+@pytest.mark.parametrize(
+    "name, freeze_at, most", [("cifar_resnet20", 5, 4), ("preact_resnet18", 6, 5)]
+)
+def test_more_frozen_stages_than_the_model_has_are_refused(name, freeze_at, most):
+    config = dataclasses.replace(Config(), model=name, freeze_at=freeze_at, init_from="x")
+    match = rf"^config\.freeze_at: {freeze_at} is not from 0 .* to {most} .* of {name}$"
+    with pytest.raises(UsageError, match=match):
+        build.check_model(config)
+    build.check_model(dataclasses.replace(config, freeze_at=most))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "lars"])
+def test_the_rate_of_the_head_is_multiplied(optimizer):
+    config = dataclasses.replace(Config(), optimizer=optimizer, weight_decay=0.25)
+    faster = dataclasses.replace(config, head_lr_multiplier=10.0)
+    layer = {"kernel": np.ones((1, 2), np.float32)}
+    params = {"head": layer, "stem": {"conv": layer}}
+    updates = []
+    for own in (config, faster):
+        tx = build.build_optimizer(own, lambda step: 0.1)
+        update, _ = tx.update(params, tx.init(params), params)
+        updates.append([update["head"]["kernel"], update["stem"]["conv"]["kernel"]])
+    np.testing.assert_allclose(updates[1][0], 10 * updates[0][0], rtol=1e-6)
+    np.testing.assert_array_equal(updates[1][1], updates[0][1])
 
 
 def test_lars_gives_each_layer_a_rate_of_its_own():

@@ -147,6 +147,33 @@ def test_differences_name_what_changes_the_numbers_and_nothing_else():
     assert line == "config.seed was 0 and is now 3"
 
 
+NEW = {
+    "freeze_at": 0,
+    "head_lr_multiplier": 1.0,
+    "label_smoothing": 0.0,
+    "ema_decay": 0.0,
+}
+
+
+def test_a_run_from_before_these_fields_goes_on_with_their_defaults_alone():
+    stored = dataclasses.asdict(Config(init_from="x"))
+    for name, default in NEW.items():
+        assert stored.pop(name) == default
+    config = configs.from_dict(json.loads(json.dumps(stored)))
+    assert config == Config(init_from="x")
+    for name, value in zip(NEW, (1, 2.0, 0.1, 0.9), strict=True):
+        changed = configs.override(config, [f"--config.{name}={value}"])
+        (line,) = configs.differences(config, changed)
+        assert line == f"config.{name} was {NEW[name]!r} and is now {value!r}"
+
+
+def test_layers_are_frozen_only_of_weights_that_were_given():
+    message = error_of(configs.override, Config(), ["--config.freeze_at=2"])
+    assert "config.freeze_at: 2" in message and "config.init_from" in message
+    words = ["--config.freeze_at=2", "--config.init_from=runs/x"]
+    assert configs.override(Config(), words).freeze_at == 2
+
+
 def test_free_fields_exist():
     assert set(configs.FREE_FIELDS) <= set(configs.fields())
 

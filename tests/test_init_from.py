@@ -6,9 +6,11 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from conftest import saved
+from conftest import random_variables, saved
+from safetensors.numpy import save_file
 
-from resjax import build, steps, training
+import resjax
+from resjax import build, checkpoint, convert, steps, training
 from resjax import config as configs
 from resjax.config import UsageError
 
@@ -31,7 +33,7 @@ def tiny(tiny_config):
 @pytest.fixture(scope="module")
 def source(tiny, data_dir, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("source") / "run"
-    words = f"data.dir={data_dir}", "checkpoint.every_steps=1"
+    words = f"data.dir={data_dir}", "checkpoint.every_steps=1", "ema_decay=0.5"
     assert training.train(tiny(*words), workdir) == 0
     return workdir
 
@@ -46,6 +48,60 @@ def test_a_run_starts_from_the_weights_and_anew_in_all_else(source, tiny, tmp_pa
         same = np.array_equal(given[name], found[name])
         assert same == name.startswith("params"), name  # the statistics moved on
     assert saved(tmp_path / "run", 2, "optimizer")["step"] == 2
+
+
+def averages(workdir, step):
+    found = saved(workdir, step, "optimizer").items()
+    return {name[4:]: array for name, array in found if name.startswith("ema/")}
+
+
+def test_averages_start_from_the_weights_and_not_from_averages(source, tiny, tmp_path):
+    still = "lr_per_256=1e-30", "weight_decay=0", f"init_from={source}", "ema_decay=0.9"
+    assert training.train(tiny(*still), tmp_path / "run") == 0
+    given, found = saved(source, 2), averages(tmp_path / "run", 2)
+    theirs = averages(source, 2)
+    for name in given:
+        if name.startswith("params"):
+            np.testing.assert_array_equal(found[name], given[name])
+            assert not np.array_equal(found[name], theirs[name])
+
+
+def test_frozen_layers_are_those_of_the_weights_to_the_end(source, tiny, tmp_path, capsys):
+    words = f"init_from={source}", "freeze_at=1", "ema_decay=0.9", "weight_decay=0.1"
+    config = tiny(*words, "head_lr_multiplier=10", "checkpoint.every_steps=1")
+    workdir = tmp_path / "run"
+    assert training.train(config, workdir) == 0  # on eight devices
+    assert f"after step 2, stem frozen, in {workdir}\n" in capsys.readouterr().out
+    given, found = saved(source, 2), saved(workdir, 2)
+    for arrays in (found, averages(workdir, 2)):
+        same = {n for n in given if given[n].tobytes() == arrays[n].tobytes()}
+        assert same == {name for name in given if name.split("/")[1] == "stem"} != set()
+    buffers = saved(workdir, 2, "optimizer")
+    assert not [name for name in buffers if "trace/stem" in name]
+    shutil.rmtree(workdir / "checkpoints" / "2")
+    assert training.train(config, workdir) == 0  # resumed
+    for item in ("variables", "optimizer"):
+        whole = {"variables": found, "optimizer": buffers}[item]
+        again = saved(workdir, 2, item)
+        assert all(np.array_equal(whole[name], again[name]) for name in whole)
+
+
+def test_a_run_starts_from_converted_weights_of_other_data(tiny, tmp_path, capsys):
+    name, shape = "cifar_resnet20", {"stage_sizes": (1, 1, 1), "width": 4}
+    given = random_variables(resjax.create_model(name, num_classes=7, **shape))
+    save_file(resjax.to_torch(given, name, **shape), tmp_path / "weights.safetensors")
+    words = "--config.model_kwargs.stage_sizes=1,1,1", "--config.model_kwargs.width=4"
+    flags = f"--model={name}", f"--workdir={tmp_path / 'given'}"
+    assert convert.main([str(tmp_path / "weights.safetensors"), *flags, *words]) == 0
+    words = f"model={name}", "model_kwargs.stage_sizes=1,1,1", "model_kwargs.width=4"
+    config = tiny(*words, f"init_from={tmp_path / 'given'}", "freeze_at=4")  # digits
+    assert training.train(config, tmp_path / "run") == 0
+    assert "after step 0 and a new classifier, in" in capsys.readouterr().out
+    given, found = checkpoint.to_arrays(given), saved(tmp_path / "run", 2)
+    for path in given:
+        is_head = path.startswith("params/head")
+        assert np.array_equal(given[path], found[path]) != is_head, path
+    assert found["params/head/kernel"].shape == (16, 10)
 
 
 def test_a_checkpoint_may_be_named(source, tiny, tmp_path):

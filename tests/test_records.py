@@ -75,8 +75,12 @@ def test_json_is_written_whole(workdir):
     assert [p.name for p in workdir.iterdir()] == ["x.json"]
 
 
-def test_curves_are_a_picture_with_and_without_test_records(workdir):
-    for rows in ([record(1)], [record(2), record(2, "test")]):
+def test_curves_are_a_picture_whatever_records_there_are(workdir):
+    for rows in (
+        [record(1)],
+        [record(2), record(2, "test")],
+        [record(3), record(3, "test_ema"), record(3, "test")],
+    ):
         with records.open_metrics(workdir, rows[0]["step"]) as write:
             for row in rows:
                 write(row)
@@ -114,6 +118,7 @@ def test_evaluations_are_those_up_to_a_step(workdir):
             write(row)
     assert [r["step"] for r in records.read_evaluations(workdir, 5)] == [2, 4]
     assert [r["step"] for r in records.read_evaluations(workdir)] == [2, 4, 6, 8]
+    assert records.read_evaluations(workdir, split="test_ema") == []
 
 
 def test_a_workdir_is_held_by_one_at_a_time(workdir):

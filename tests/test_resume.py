@@ -64,6 +64,9 @@ def config(tiny_config):
         f"--config.num_epochs={NUM_STEPS * 320 / 1437}",
         "--config.eval_every_epochs=0.6",  # after steps 3 and 5
         "--config.dtype=float16",  # its loss scale is part of the state
+        "--config.ema_decay=0.9",  # and so are averages
+        "--config.label_smoothing=0.1",
+        "--config.head_lr_multiplier=2",
     )
     return configs.override(configs.load_config(tiny_config), words)
 
@@ -77,7 +80,10 @@ def uninterrupted(config, data_dir, tmp_path_factory):
         f"--config.data.dir={data_dir}",  # this fixture is older than the environment
     )
     assert training.train(configs.override(config, words), workdir) == 0
-    assert {r["step"] for r in read_metrics(workdir) if r["split"] == "test"} == {3, 5}
+    for split in ("test", "test_ema"):
+        assert {r["step"] for r in read_metrics(workdir) if r["split"] == split} == {3, 5}
+    averages = {name for name in saved_state(workdir, 5) if name.startswith("ema/")}
+    assert averages == {f"ema/{name}" for name in saved(workdir, 5)}
     return workdir
 
 
@@ -160,6 +166,9 @@ def test_fields_that_cannot_change_the_numbers_may_differ(
         "num_epochs=2",
         "dtype=bfloat16",
         "norm.virtual_batch_size=4",
+        "label_smoothing=0",
+        "ema_decay=0",
+        "head_lr_multiplier=1",
     ],
 )
 def test_any_other_field_stops_a_resume(config, uninterrupted, word):

@@ -11,7 +11,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import resjax
-from resjax import checkpoint
+from resjax import checkpoint, training
+from resjax import config as configs
 from resjax.config import UsageError
 from resjax.data.datasets import DATASETS
 from resjax.data.digits import split_indices
@@ -151,6 +152,42 @@ def test_a_run_says_what_trained_it_and_how_it_evaluated(run, digits_run):
     assert run.versions["jax"] == jax.__version__ and "commit" in run.versions
     rows = (digits_run.workdir / "metrics.jsonl").read_text().splitlines()
     assert run.evaluation == [r for r in map(json.loads, rows) if r["split"] == "test"][-1]
+
+
+@pytest.fixture(scope="module")
+def averaged(tiny_config, data_dir, tmp_path_factory):
+    """A short run with averages of its weights."""
+    workdir = tmp_path_factory.mktemp("averaged") / "run"
+    fields = "ema_decay=0.9", "batch_size=64", "num_epochs=1", "lr_per_256=2"
+    fields = *fields, f"data.dir={data_dir}"
+    words = [f"--config.{field}" for field in fields]
+    config = configs.override(configs.load_config(tiny_config), words)
+    assert training.train(config, workdir) == 0
+    return workdir
+
+
+def test_averages_open_in_place_of_the_weights(averaged, digits):
+    lines = (averaged / "metrics.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if row["split"] != "train"]
+    images, labels = digits
+    for ema, split in ((False, "test"), (True, "test_ema")):
+        run = resjax.restore(averaged, ema=ema)
+        (row,) = [row for row in rows if row["split"] == split]
+        assert run.evaluation == row and run.step == row["step"] == 22
+        p = np.float64(run.predict(images))
+        assert row["top1"] == pytest.approx(100 * (p.argmax(axis=1) == labels).mean())
+        loss = -np.log(p[np.arange(360), labels]).mean()
+        assert row["loss"] == pytest.approx(loss, rel=1e-4)
+    stored = saved(averaged, 22, "optimizer")
+    for name, leaf in checkpoint.to_arrays(run.variables).items():
+        np.testing.assert_array_equal(leaf, stored[f"ema/{name}"])
+        assert not np.array_equal(leaf, saved(averaged, 22)[name])
+
+
+def test_a_run_without_averages_says_so(digits_run):
+    match = r"^ema: .*/22 has no averaged weights; .*config\.ema_decay"
+    with pytest.raises(UsageError, match=match):
+        resjax.restore(digits_run.workdir, ema=True)
 
 
 def test_a_checkpoint_opens_without_its_data_set_or_fields_of_another_version(

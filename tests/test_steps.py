@@ -1,27 +1,31 @@
 """One update against the same update written out, on one device and on eight."""
 
+import sys
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from conftest import ROOT
 
-from resjax import loop, optim, parallel, steps
+import resjax
+from resjax import checkpoint, loop, optim, parallel, steps
 from resjax.initializers import init
 from resjax.loss_scale import init_loss_scale
-from resjax.models.blocks import basic
+from resjax.models.blocks import ResidualBlock, basic
 from resjax.models.norm import BatchNorm
-from resjax.models.resnet import ResNet
+from resjax.models.ops import Conv
+from resjax.models.resnet import ResNet, frozen_layers
 
 BATCH, CLASSES, RATE, DECAY = 16, 4, 0.3, 1e-2
 
 
-def tiny_model(group=0, axis_name=None, dtype=jnp.float32):
+def tiny_model(group=0, axis_name=None, dtype=jnp.float32, stage_sizes=(1,), **options):
     norm = partial(BatchNorm, virtual_batch_size=group, axis_name=axis_name)
-    return ResNet(
-        (1,), basic, 4, downsample=False, num_classes=CLASSES, dtype=dtype, norm=norm
-    )
+    options = {"num_classes": CLASSES, "dtype": dtype, "norm": norm, **options}
+    return ResNet(stage_sizes, basic, 4, downsample=False, **options)
 
 
 def to_float(batch):
@@ -37,11 +41,15 @@ def random_batch(seed=0, size=BATCH):
     }
 
 
-def make_step(model, seed=0, microbatch=0, loss_scale=None):
+def make_step(model, seed=0, microbatch=0, loss_scale=None, variables=None, **fields):
+    """A train step with `label_smoothing`, `ema_decay`, `freeze_at`; the first state."""
     tx = optim.sgd(lambda step: jnp.float32(RATE), 0.9, True, DECAY)
-    step = steps.make_train_step(model, tx, to_float, BATCH, seed, microbatch)
-    variables = init(model, jax.random.key(0))
-    return step, steps.create_state(variables, tx, loss_scale)
+    size = fields.pop("batch_size", BATCH)
+    step = steps.make_train_step(model, tx, to_float, size, seed, microbatch, **fields)
+    variables = variables or init(model, jax.random.key(0))
+    frozen = frozen_layers(model, fields.get("freeze_at", 0))
+    with_ema = bool(fields.get("ema_decay"))
+    return step, steps.create_state(variables, tx, loss_scale, with_ema, frozen)
 
 
 def on_devices(step, num_devices):
@@ -50,16 +58,24 @@ def on_devices(step, num_devices):
 
 
 def run(model, num_devices, batches, **kwargs):
+    return walk(model, num_devices, batches, **kwargs)[-1]
+
+
+def walk(model, num_devices, batches, **kwargs):
+    """(state, sums) before the first update and after each."""
     step, state = make_step(model, **kwargs)
-    mapped, sums = on_devices(step, num_devices), None
+    mapped, found = on_devices(step, num_devices), [jax.device_get((state, None))]
     for batch in batches:
         split = jax.tree.map(lambda x: x.reshape(num_devices, -1, *x.shape[1:]), batch)
         state, sums = mapped(state, split)
-    return jax.device_get((state, sums))
+        found.append(jax.device_get((state, sums)))
+    return found
 
 
-def written_out_update(model, batch, groups=1):
+def written_out_update(model, batch, groups=1, smoothing=0.0):
     """Mean loss over the minibatch, L2 on all but norms, a first Nesterov step."""
+    target = np.full((BATCH, CLASSES), smoothing / CLASSES)
+    target[np.arange(BATCH), batch["label"]] += 1 - smoothing
     variables = init(model, jax.random.key(0))
 
     def loss_fn(params):
@@ -73,7 +89,7 @@ def written_out_update(model, batch, groups=1):
             for images in np.split(batch["image"], groups)
         ]
         log_p = jax.nn.log_softmax(jnp.concatenate(logits))
-        return -log_p[np.arange(BATCH), batch["label"]].mean()
+        return -(target * log_p).sum(axis=1).mean()
 
     loss, grads = jax.jit(jax.value_and_grad(loss_fn))(variables["params"])
     decay = jax.tree.map(lambda is_on: DECAY * is_on, optim.decay_mask(grads))
@@ -84,21 +100,23 @@ def written_out_update(model, batch, groups=1):
 
 
 @pytest.mark.parametrize(
-    "num_devices, group, microbatch, scale",
+    "num_devices, group, microbatch, scale, smoothing",
     [
-        (2, 4, 4, None),
-        pytest.param(1, 0, 0, None, marks=pytest.mark.slow),
-        pytest.param(4, 8, 0, 2.0**10, marks=pytest.mark.slow),
+        (2, 4, 4, None, 0.0),
+        (2, 4, 4, None, 0.3),
+        pytest.param(1, 0, 0, None, 0.0, marks=pytest.mark.slow),
+        pytest.param(4, 8, 0, 2.0**10, 0.1, marks=pytest.mark.slow),
     ],
 )
 def test_an_update_is_sgd_on_the_mean_loss_of_the_minibatch(
-    num_devices, group, microbatch, scale
+    num_devices, group, microbatch, scale, smoothing
 ):
     batch = random_batch()
+    fields = {"microbatch": microbatch, "label_smoothing": smoothing}
     model, scale = tiny_model(group, parallel.AXIS), scale and init_loss_scale(scale)
-    state, sums = run(model, num_devices, [batch], microbatch=microbatch, loss_scale=scale)
+    state, sums = run(model, num_devices, [batch], loss_scale=scale, **fields)
     groups = BATCH // group if group else 1
-    params, loss = written_out_update(tiny_model(), batch, groups)
+    params, loss = written_out_update(tiny_model(), batch, groups, smoothing)
     jax.tree.map(partial(np.testing.assert_allclose, atol=2e-6), state.params, params)
     np.testing.assert_allclose(sums["loss"] / BATCH, loss, rtol=1e-5)
     assert sums["num_examples"] == BATCH and state.step == 1
@@ -159,7 +177,7 @@ def test_bfloat16_keeps_the_state_in_float32_and_the_loss_near():
 
 def test_an_overflow_changes_nothing_but_the_scale_and_training_recovers():
     model, scale = tiny_model(4, parallel.AXIS, jnp.float16), init_loss_scale(2.0**14)
-    step, state = make_step(model, microbatch=4, loss_scale=scale)
+    step, state = make_step(model, microbatch=4, loss_scale=scale, ema_decay=0.5)
     mapped, states, skips = on_devices(step, 2), [state], []
 
     def train_step(state, batch):
@@ -218,6 +236,217 @@ def test_updates_of_one_program_follow_one_another_as_in_a_plain_loop(num_steps,
     totals = x.reshape(30, 8).sum(axis=1)
     np.testing.assert_allclose([s["total"] for s in found], totals, rtol=1e-4, atol=1e-6)
     assert state.step == 30 and state.params == found[-1]["loss"]
+
+
+# --- averages of the weights --------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_devices, decay", [(1, 0.3), (2, 0.99)])
+def test_averages_follow_their_recursion_over_the_weights_of_each_update(
+    num_devices, decay
+):
+    # 0.3 is reached after three updates; before, and with 0.99, the beginning counts.
+    batches = [random_batch(seed) for seed in range(6)]
+    model = tiny_model(4, parallel.AXIS)
+    states = [state for state, _ in walk(model, num_devices, batches, ema_decay=decay)]
+    plain, _ = run(model, num_devices, batches)
+    jax.tree.map(np.testing.assert_array_equal, states[-1].variables, plain.variables)
+    as_float64 = partial(jax.tree.map, lambda x: np.asarray(x, np.float64))
+    average = as_float64(states[0].variables)
+    jax.tree.map(np.testing.assert_array_equal, states[0].ema, states[0].variables)
+    for t, state in enumerate(states[1:]):
+        d = min(decay, (1 + t) / (10 + t))
+        average = jax.tree.map(
+            lambda a, x, d=d: d * a + (1 - d) * x, average, as_float64(state.variables)
+        )
+        close = partial(np.testing.assert_allclose, rtol=2e-6, atol=1e-7)
+        jax.tree.map(close, state.ema, average)
+    assert {leaf.dtype for leaf in jax.tree.leaves(states[-1].ema)} == {np.dtype("f4")}
+
+
+def test_late_averages_are_of_as_many_updates_as_the_decay_says():
+    ema = {"params": {"head": {"bias": jnp.zeros(3)}}, "batch_stats": {}}
+    new = {"params": {"head": {"bias": jnp.full(3, 8.0)}}, "batch_stats": {}}
+    moved = steps.move_averages(ema, new, 0.9999, jnp.int32(10**6))
+    np.testing.assert_allclose(moved["params"]["head"]["bias"], 8e-4, rtol=1e-6)
+
+
+# --- frozen layers ------------------------------------------------------------------
+
+
+def bits(tree):
+    """The bits of every float by its path."""
+    leaves = checkpoint.to_arrays(tree)
+    return {path: np.atleast_1d(leaf).view(np.uint32) for path, leaf in leaves.items()}
+
+
+def trained_variables(model):
+    """As after a training: no statistic is that of a first state, and some zeros are -0."""
+    rng = np.random.RandomState(5)
+
+    def draw(path, leaf):
+        if path[-1].key == "var":
+            return np.float32(rng.uniform(0.5, 2, leaf.shape))
+        leaf = leaf + np.float32(0.1 * rng.randn(*leaf.shape))
+        return np.where(rng.rand(*leaf.shape) < 0.1, np.float32(-0.0), leaf)
+
+    return jax.tree_util.tree_map_with_path(draw, init(model, jax.random.key(0)))
+
+
+@pytest.mark.parametrize(
+    "num_devices, freeze_at, preactivation, dtype",
+    [
+        (2, 2, False, jnp.float32),
+        (1, 3, True, jnp.float32),
+        pytest.param(3, 1, False, jnp.float32, marks=pytest.mark.slow),
+        pytest.param(2, 2, True, jnp.float16, marks=pytest.mark.slow),
+    ],
+)
+def test_what_is_frozen_stays_to_the_bit_and_all_else_moves(
+    num_devices, freeze_at, preactivation, dtype
+):
+    size = 6 * num_devices  # in three microbatches a device, whose shares are no power of 2
+    options = {"stage_sizes": (1, 1), "preactivation": preactivation}
+    model = tiny_model(2, parallel.AXIS, dtype, **options)
+    batches = [random_batch(seed, size) for seed in range(4)]
+    states = walk(
+        model,
+        num_devices,
+        batches,
+        microbatch=2,
+        batch_size=size,
+        variables=trained_variables(model),
+        loss_scale=init_loss_scale(2.0**8) if dtype == jnp.float16 else None,
+        freeze_at=freeze_at,
+        ema_decay=0.9,
+    )
+    frozen = {1: "stem", 2: "stem stage1", 3: "stem stage1 stage2 norm"}[freeze_at].split()
+    (first, _), (last, _) = states[0], states[-1]
+    assert last.step == 4
+    for before, after in ((first.variables, last.variables), (first.ema, last.ema)):
+        before, after = bits(before), bits(after)
+        same = {name for name in before if (before[name] == after[name]).all()}
+        assert same == {name for name in before if name.split("/")[1] in frozen}
+        assert len(same) >= 1 and before.keys() - same
+    buffers = {name.split("/")[0] for name in bits(last.opt_state[1].trace)}
+    assert not buffers & set(frozen) and "head" in buffers
+
+
+def test_a_frozen_update_is_that_of_the_layers_above_on_what_is_below():
+    # The layers above as a net of their own, whose input is what those below put out.
+    model = tiny_model(4, parallel.AXIS, stage_sizes=(1, 1))
+    variables, batch = trained_variables(model), random_batch()
+    fields = {"freeze_at": 2, "variables": variables, "microbatch": 4}
+    state, sums = run(model, 2, [batch], **fields)
+    alone = tiny_model(4, stage_sizes=(1, 1))
+    look = jax.jit(partial(alone.apply, return_stages=True))
+    below = look(variables, to_float(batch))[1]["stage1"]  # [B, 6, 6, 4]
+    upper = {name: variables["params"][name] for name in ("stage2", "head")}
+    norm = partial(BatchNorm, virtual_batch_size=4)
+    block = ResidualBlock(basic, 8, 2, "B", conv=Conv, norm=norm)
+
+    def loss_fn(params):
+        stats = variables["batch_stats"]["stage2"]["block1"]
+        own = {"params": params["stage2"]["block1"], "batch_stats": stats}
+        x, updates = block.apply(own, below, train=True, mutable=["batch_stats"])
+        x = x.mean(axis=(1, 2)) @ params["head"]["kernel"] + params["head"]["bias"]
+        log_p = jax.nn.log_softmax(x)
+        return -log_p[np.arange(BATCH), batch["label"]].mean(), updates["batch_stats"]
+
+    grad_fn = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
+    (loss, new_stats), grads = grad_fn(upper)
+    decay = jax.tree.map(lambda is_on: DECAY * is_on, optim.decay_mask(grads))
+    params = jax.tree.map(lambda w, g, d: w - RATE * 1.9 * (g + d * w), upper, grads, decay)
+    close = partial(np.testing.assert_allclose, rtol=1e-5, atol=3e-6)
+    jax.tree.map(close, {name: state.params[name] for name in upper}, params)
+    jax.tree.map(close, state.batch_stats["stage2"]["block1"], new_stats)
+    np.testing.assert_allclose(sums["loss"] / BATCH, loss, rtol=1e-5)
+
+
+@pytest.mark.peers
+def test_fine_tuning_with_all_fields_is_that_of_pytorch():
+    """A frozen stem and stage1, a faster head, smoothed labels, averages; three updates."""
+    sys.path.insert(0, str(ROOT / "tests" / "golden"))
+    import make_torch_golden
+    import torch
+
+    _operators = make_torch_golden.declare_torchvision_operators()
+    from torchvision.models import resnet
+
+    net = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=CLASSES)
+    options = {"num_classes": CLASSES, "stage_sizes": (1, 1, 1, 1)}
+    norm = partial(BatchNorm, axis_name=parallel.AXIS)
+    model = resjax.create_model("resnet18", norm=norm, **options)
+    variables = trained_variables(resjax.create_model("resnet18", **options))
+    to_torch = partial(resjax.to_torch, model="resnet18", stage_sizes=(1, 1, 1, 1))
+    state = {name: torch.tensor(array) for name, array in to_torch(variables).items()}
+    net.load_state_dict(state, strict=False)
+    net = net.double().train()
+    frozen = [net.conv1, net.bn1, net.layer1]
+    for module in frozen:
+        module.eval().requires_grad_(False)
+    groups = [
+        {
+            "params": [w],
+            "lr": 0.1 * (5 if name.startswith("fc") else 1),
+            "weight_decay": DECAY * (w.ndim > 1 or name == "fc.bias"),
+        }
+        for name, w in net.named_parameters()
+        if w.requires_grad
+    ]
+    sgd = torch.optim.SGD(groups, momentum=0.9, nesterov=True)
+    # At a decay of 0.1 ours is the same from the first update on.
+    move = torch.optim.swa_utils.get_ema_multi_avg_fn(0.1)
+    averaged = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=move, use_buffers=True)
+    averaged.update_parameters(net)  # the copy at the start
+
+    tx = optim.sgd(lambda step: jnp.float32(0.1), 0.9, True, DECAY)
+    tx = optax.chain(tx, optim.scale_head(5.0))
+    step = steps.make_train_step(
+        model, tx, to_float, BATCH, label_smoothing=0.1, ema_decay=0.1, freeze_at=2
+    )
+    ours = steps.create_state(variables, tx, None, True, frozen_layers(model, 2))
+    mapped = on_devices(step, 2)
+    for seed in range(3):
+        batch = random_batch(seed)
+        batch["image"] = np.random.RandomState(seed).randint(256, size=(BATCH, 40, 40, 3))
+        split = jax.tree.map(lambda x: x.reshape(2, -1, *x.shape[1:]), batch)
+        ours, sums = mapped(ours, split)
+        images = torch.tensor(batch["image"]).permute(0, 3, 1, 2).double() / 64 - 2
+        loss = torch.nn.functional.cross_entropy(
+            net(images), torch.tensor(batch["label"]).long(), label_smoothing=0.1
+        )
+        sgd.zero_grad()
+        loss.backward()
+        sgd.step()
+        averaged.update_parameters(net)
+        np.testing.assert_allclose(sums["loss"] / BATCH, loss.item(), rtol=1e-4)
+    for mine, theirs in ((ours.variables, net), (ours.ema, averaged.module)):
+        theirs = theirs.state_dict()
+        for name, array in to_torch(jax.device_get(mine)).items():
+            if name.endswith("num_batches_tracked"):
+                continue
+            wanted = theirs[name].numpy()
+            atol = 1e-4 * max(np.abs(wanted).max(), 0.1)
+            np.testing.assert_allclose(array, wanted, rtol=0, atol=atol, err_msg=name)
+
+
+@pytest.mark.slow
+def test_what_is_frozen_costs_no_backward_pass():
+    model = tiny_model(0, parallel.AXIS, stage_sizes=(2, 2))
+    batch = jax.tree.map(lambda x: x[None], random_batch())
+
+    def flops(freeze_at):
+        step, state = make_step(model, freeze_at=freeze_at)
+        compiled = on_devices(step, 1).lower(state, batch).compile()
+        cost = compiled.cost_analysis()
+        return (cost[0] if isinstance(cost, list) else cost)["flops"]
+
+    forward = jax.jit(lambda v, b: model.clone(norm=BatchNorm).apply(v, to_float(b)))
+    once = forward.lower(make_step(model)[1].variables, random_batch()).compile()
+    once = once.cost_analysis()["flops"]
+    all_layers, body = flops(0), flops(3)
+    assert 0.8 * once < body < 1.5 * once and all_layers > 2.5 * once
 
 
 def test_eval_step_ignores_padding_and_leaves_the_statistics():

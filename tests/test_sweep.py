@@ -39,6 +39,7 @@ def swept(tiny_config, tmp_path_factory, data_dir):
         "--config.eval_every_epochs=0.05",
         "--config.checkpoint.every_steps=8",
         "--config.checkpoint.keep=99",
+        "--config.ema_decay=0.9",
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TFDS_DATA_DIR", str(data_dir))
@@ -104,6 +105,9 @@ def test_a_member_opens_like_any_run(swept):
     rows = read_metrics(folder / "init=xavier,seed=0")
     tests = [row for row in rows if row["split"] == "test"]
     assert run.evaluation == tests[-1] and run.config.seed == 0
+    averaged = resjax.restore(folder / "init=xavier,seed=0", ema=True)
+    tests = [row for row in rows if row["split"] == "test_ema"]
+    assert averaged.evaluation == tests[-1] and averaged.step == run.step
     assert run.predict(np.zeros((8, 8, 3), np.uint8)).shape == (1, 10)
 
 
@@ -292,6 +296,7 @@ def test_a_sweep_that_is_stopped_saves_and_goes_on_bitwise_with_more_seeds(
         "--config.eval_every_epochs=3",
         "--config.checkpoint.every_steps=500",
         "--config.checkpoint.keep=9",
+        "--config.ema_decay=0.99",
     ]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     first, more = "--vary=seed=0,1", "--vary=seed=0,1,2"

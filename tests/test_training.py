@@ -135,6 +135,18 @@ def test_a_finished_run_says_so_and_changes_nothing(digits_run, command):
     assert contents(digits_run.workdir) == before
 
 
+def test_averages_are_told_beside_the_weights(capsys):
+    row = {"step": 22, "epoch": 1.0, "loss": 0.5, "top1": 90.0, "images_per_second": 9.0}
+    rows = [{**row, "split": split} for split in ("train", "test", "test_ema")]
+    training.report(22, *rows[:2])
+    training.report(22, *rows)
+    plain, averaged = capsys.readouterr().out.splitlines()
+    assert "test_ema" not in plain and plain.endswith("9 images/s")
+    assert (
+        "test loss 0.5000 top-1  90.00 %  test_ema loss 0.5000 top-1  90.00 %" in averaged
+    )
+
+
 def test_a_run_says_that_it_waits_for_data_only_if_it_waits_long(capsys):
     training.report_wait(20.0, "imagenet2012")
     assert capsys.readouterr().out == ""

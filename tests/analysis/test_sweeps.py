@@ -34,23 +34,28 @@ def small(num_steps=30, **fields):
 
 
 def train_alone(config):
-    """Loss and hits of every update, and the variables after the last, by `build_run`."""
+    """Loss of every update, and the state after the last, by `build_run`."""
     run = build.build_run(config)
     state, all_sums = run.init_state(), []
     for batch in run.train_batches(0):
         state, sums = run.train_step(state, batch)
         all_sums += sums if isinstance(sums, tuple) else (sums,)
     losses = np.array([float(sums["loss"]) for sums in all_sums]) / config.batch_size
-    return losses, jax.device_get(state.variables)
+    return losses, jax.device_get(state)
 
 
 def check_member(result, i, config):
-    losses, variables = train_alone(config)
+    losses, state = train_alone(config)
     assert abs(result.train_loss[i, 0] / losses[0] - 1) < 1e-6
     np.testing.assert_allclose(result.train_loss[i], losses, rtol=1e-4)
-    mine, own = jax.tree.leaves(result.variables[i]), jax.tree.leaves(variables)
-    for a, b in zip(mine, own, strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=2e-3 * max(np.abs(b).max(), 0.1))
+    pairs = [(result.variables[i], state.variables)]
+    if config.ema_decay:
+        pairs.append((result.ema[i], state.ema))
+        assert result.test_error_ema.shape == result.test_loss_ema.shape
+        assert result.test_loss_ema.shape == result.test_loss.shape
+    for mine, own in pairs:
+        for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(own), strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=2e-3 * max(np.abs(b).max(), 0.1))
 
 
 @pytest.mark.slow
@@ -59,7 +64,8 @@ def test_members_are_the_runs_of_their_configs_done_one_by_one(in_turns, monkeyp
     # Three on two devices, of which the second repeats the last.
     monkeypatch.setattr(parallel, "_devices", lambda: jax.devices()[:2])
     monkeypatch.setattr(parallel, "members_take_turns", lambda: in_turns)
-    config = small(num_steps=12)
+    fields = {"ema_decay": 0.9, "label_smoothing": 0.1, "head_lr_multiplier": 2.0}
+    config = small(num_steps=12, **fields)
     result = sweep(config, {"seed": [7], "lr_per_256": [0.1, 0.05, 0.02]})
     assert result.members[1] == {"seed": 7, "lr_per_256": 0.05}
     assert result.train_loss.shape == result.learning_rates.shape == (3, 12)

@@ -27,7 +27,7 @@ from resjax.initializers import MSRA_FAN_OUT, scheme_from_rules
 from resjax.models.blocks import basic, bottleneck
 from resjax.models.norm import BatchNorm
 from resjax.models.ops import Conv
-from resjax.models.resnet import MODELS, ResNet, Stage, Stem
+from resjax.models.resnet import MODELS, ResNet, Stage, Stem, frozen_layers
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
 GOLDEN_MODELS = [
@@ -347,6 +347,88 @@ def test_rematerialisation_keeps_the_survival_and_the_draw_of_every_block(
         for policy in ("none", remat)
     )
     assert_trees_close(actual, expected)
+
+
+# --- frozen layers ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, freeze_at, expected",
+    [
+        ("resnet50", 0, ""),
+        ("resnet50", 1, "stem"),
+        ("resnet50", 2, "stem stage1"),  # Detectron2's default
+        ("resnet50", 5, "stem stage1 stage2 stage3 stage4"),
+        ("cifar_resnet20", 4, "stem stage1 stage2 stage3"),
+        ("preact_resnet18", 4, "stem stage1 stage2 stage3"),
+        ("preact_resnet18", 5, "stem stage1 stage2 stage3 stage4 norm"),
+    ],
+)
+def test_freeze_at_counts_the_stem_and_the_stages(name, freeze_at, expected):
+    model = resjax.create_model(name)
+    assert frozen_layers(model, freeze_at) == tuple(expected.split())
+    if freeze_at == len(model.stage_sizes) + 1:  # all that has parameters but the head
+        assert {*expected.split(), "head"} == set(abstract(model)["params"])
+
+
+@pytest.mark.parametrize("freeze_at", [-1, 4])
+def test_freeze_at_says_how_far_it_goes(freeze_at):
+    model = NETS["residual"]()
+    match = rf"^freeze_at: {freeze_at} is not from 0 \(nothing\) to 3 \(stem to stage2\)"
+    with pytest.raises(UsageError, match=match):
+        model.apply(abstract(model), IMAGES, freeze_at=freeze_at)
+
+
+@pytest.mark.parametrize(
+    "name, remat",
+    [
+        ("residual", "blocks"),
+        ("plain", "none"),
+        pytest.param("preact", "none", marks=pytest.mark.slow),
+        pytest.param("preact", "blocks", marks=pytest.mark.slow),
+    ],
+)
+def test_frozen_layers_evaluate_and_let_no_gradient_pass(name, remat):
+    model = NETS[name](downsample=False, remat=remat).clone(stage_sizes=(3, 1))
+    variables, images = variables_of(model), IMAGES[:, :8, :8]
+    apply = functools.partial(model.apply, return_stages=True)
+    _, evaluated = apply(variables, images)
+
+    def loss(params, freeze_at):
+        own = {**variables, "params": params}
+        (logits, stages), updates = apply(
+            own, images, train=True, freeze_at=freeze_at, mutable=["batch_stats"]
+        )
+        # Also of the maps below, through which nothing passes, either.
+        total = sum((x**2).mean() for x in [logits, *stages.values()])
+        return total, (stages, updates["batch_stats"])
+
+    options = {"xla_backend_optimization_level": 0}  # half the time to compile
+    grad_fn = jax.jit(
+        jax.grad(loss, has_aux=True), static_argnums=1, compiler_options=options
+    )
+    for freeze_at in (2, 3):
+        grads, (stages, stats) = grad_fn(variables["params"], freeze_at)
+        frozen = frozen_layers(model, freeze_at)
+        for path, grad in flat(grads).items():
+            assert (np.abs(grad).max() == 0) == (path.split("/")[0] in frozen), path
+        for path, moved in flat(stats).items():
+            same = np.array_equal(moved, flat(variables["batch_stats"])[path])
+            assert same == (path.split("/")[0] in frozen), path
+        for stage, x in stages.items():
+            if stage in frozen:
+                np.testing.assert_allclose(x, evaluated[stage], rtol=1e-5, atol=1e-5)
+            else:
+                assert np.abs(x - evaluated[stage]).max() > 0.1
+
+
+def test_a_frozen_stage_drops_no_branch():
+    model = NETS["residual"](downsample=False, stochastic_depth=0.7)
+    variables, images = variables_of(model), IMAGES[:, :8, :8]
+    expected = model.apply(variables, images)
+    # It needs no key, and takes each branch as often as evaluation does.
+    logits = model.apply(variables, images, train=True, update_stats=False, freeze_at=3)
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("before, now", [(True, "blocks"), (False, "none"), (None, "none")])
