@@ -105,7 +105,8 @@ def written_out_update(model, batch, groups=1, smoothing=0.0):
         (2, 4, 4, None, 0.0),
         (2, 4, 4, None, 0.3),
         pytest.param(1, 0, 0, None, 0.0, marks=pytest.mark.slow),
-        pytest.param(4, 8, 0, 2.0**10, 0.1, marks=pytest.mark.slow),
+        pytest.param(4, 8, 0, 2.0**10, 0.0, marks=pytest.mark.slow),
+        pytest.param(2, 4, 4, 2.0**10, 0.1, marks=pytest.mark.slow),
     ],
 )
 def test_an_update_is_sgd_on_the_mean_loss_of_the_minibatch(
