@@ -20,6 +20,7 @@ ORDER = [
     "analysis.excitation",
     "analysis.attribution",
     "analysis.seeing",
+    "analysis.probe",
     "analysis.resnext",
     "run_evaluation",
     "runs",

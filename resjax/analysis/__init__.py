@@ -20,6 +20,13 @@ from resjax.analysis.paths import (
     gradient_by_path,
     path_length_distribution,
 )
+from resjax.analysis.probe import (
+    Features,
+    draw_subset,
+    extract_features,
+    fit_probe,
+    learning_curve,
+)
 from resjax.analysis.propagation import (
     Propagation,
     draw_propagation,
@@ -37,6 +44,7 @@ from resjax.analysis.sweeps import Sweep, sweep
 
 __all__ = [
     "ExcitingImages",
+    "Features",
     "Propagation",
     "Sweep",
     "TopImages",
@@ -44,11 +52,15 @@ __all__ = [
     "class_activation_map",
     "delete_blocks",
     "draw_propagation",
+    "draw_subset",
     "exciting_images",
+    "extract_features",
     "feature_maps",
     "first_layer_filters",
+    "fit_probe",
     "gradient_by_length",
     "gradient_by_path",
+    "learning_curve",
     "list_blocks",
     "list_layers",
     "make_top1_error",
