@@ -10,10 +10,11 @@ features (probe); all of it trained further (fine-tuned); its model trained from
 (from scratch). Of each number of images of a class, the same random ones are taken for all
 three, a seed a draw, and those of a smaller number are among those of a larger.
 
-The two ways of training differ in `init_from`, and in the learning rate: of --rates each
-takes the best, on average over the numbers in one more draw, tested on the images of train
-that were not drawn. So nothing is chosen by the images that are tested on. Minibatch,
-updates, augmentation, decay and schedule (cosine) are the same for both and all numbers.
+The two ways of training differ in `init_from`, and in the learning rate: for each of
+--updates each takes the best of --rates, on average over the numbers of images in one more
+draw, tested on the images of train that were not drawn. So nothing is chosen by the images
+that are tested on. Minibatch, updates, augmentation, decay and schedule (cosine) are the
+same for both and all numbers.
 
 Without --workdir, ResNet-20 is first trained on a folder of the digits 0 to 4 by the recipe
 of configs/digits.py. The other classes are the digits 5 to 9: 50 of each to draw from, and
@@ -46,6 +47,8 @@ CLAIM = (
 )
 PROBE_AT = (1, 2, 5, 10, 20, 50)  # images per class, as far as there are so many
 TRAIN_AT = (5, 10, 20)
+UPDATES = (40, 200)
+_METHODS = (nets.PROBE, nets.FINE_TUNED, nets.FROM_SCRATCH)
 # What is another for each net, and so no word of the command line.
 _OWN = (
     *("seed", "num_classes", "init_from", "freeze_at", "data.name", "data.dir"),
@@ -78,44 +81,54 @@ def probe_curve(
 # --- what it came to ----------------------------------------------------------------
 
 
-def values_of(rows: Sequence[Row], method: str) -> dict[int, np.ndarray]:
-    """{images per class: accuracy of each seed} of a method."""
-    mine = [row for row in rows if row["method"] == method]
-    counts = dict.fromkeys(row["images_per_class"] for row in mine)
+def curves_of(rows: Sequence[Row]) -> dict[str, dict[int, np.ndarray]]:
+    """{method and updates: {images per class: accuracy of each seed}}."""
+    curves: dict[str, dict[int, list[float]]] = {}
+    for row in rows:
+        label = name_of(row["method"], row["updates"])
+        values = curves.setdefault(label, {})
+        values.setdefault(row["images_per_class"], []).append(row["top1"])
     return {
-        count: np.array([row["top1"] for row in mine if row["images_per_class"] == count])
-        for count in counts
+        label: {count: np.array(each) for count, each in values.items()}
+        for label, values in curves.items()
     }
 
 
+def name_of(method: str, updates: Any) -> str:
+    """What a curve is called."""
+    return f"{method}, {updates} updates" if updates else method
+
+
 def format_table(rows: Sequence[Row]) -> str:
-    """Mean +- standard deviation over seeds, a line for each number of images."""
-    methods = [m for m in nets.METHODS if values_of(rows, m)]
-    lines = ["images per class" + "".join(f"{method:>18}" for method in methods)]
-    for count in sorted({row["images_per_class"] for row in rows}):
-        found = [values_of(rows, method).get(count) for method in methods]
-        cells = ("" if each is None else figures.text(each) for each in found)
-        lines.append(f"{count:>16}" + "".join(f"{cell:>18}" for cell in cells))
+    """Mean +- standard deviation over seeds, a column for each number of images."""
+    counts = sorted({row["images_per_class"] for row in rows})
+    lines = [f"{'images per class':<26}" + "".join(f"{count:>15}" for count in counts)]
+    for label, values in curves_of(rows).items():
+        cells = (figures.text(values[n]) if n in values else "" for n in counts)
+        lines.append(f"{label:<26}" + "".join(f"{cell:>15}" for cell in cells))
     return "\n".join(lines)
 
 
 def verdict(rows: Sequence[Row]) -> str:
     """Whether nets that start from features beat those that start at random."""
-    tuned, scratch = (
-        values_of(rows, method) for method in (nets.FINE_TUNED, nets.FROM_SCRATCH)
-    )
-    signs = [report.order(tuned[count], scratch[count]) for count in tuned]
-    said = [
-        f"of {count} images per class, {figures.text(tuned[count])} % fine-tuned and "
-        f"{figures.text(scratch[count])} % from scratch"
-        for count in tuned
-    ]
-    probed = values_of(rows, nets.PROBE)
-    said += [
-        f"a probe has {figures.text(probed[count])} % of {count}"
-        for count in sorted({min(probed), max(probed)})
-    ]
-    return f"{outcome(signs) if signs else ''}top-1, {'; '.join(said)}."
+    curves, signs, said = curves_of(rows), [], []
+    for updates in sorted({row["updates"] for row in rows if row["updates"]}):
+        tuned, scratch = (
+            curves[name_of(method, updates)]
+            for method in (nets.FINE_TUNED, nets.FROM_SCRATCH)
+        )
+        signs += [report.order(tuned[count], scratch[count]) for count in tuned]
+        each = (
+            f"{figures.text(tuned[count])} fine-tuned and {figures.text(scratch[count])} "
+            f"from scratch of {count} images per class"
+            for count in tuned
+        )
+        said.append(f"after {updates} updates {', '.join(each)}")
+    probed = curves[nets.PROBE]
+    ends = sorted({min(probed), max(probed)})
+    each = (f"{figures.text(probed[count])} of {count}" for count in ends)
+    said.append(f"a probe has {' and '.join(each)}")
+    return f"{outcome(signs) if signs else ''}top-1 in percent, {'; '.join(said)}."
 
 
 def draw(rows: Sequence[Row], title: str, chance: float) -> Figure:
@@ -128,12 +141,21 @@ def draw(rows: Sequence[Row], title: str, chance: float) -> Figure:
     """
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     panel = figure.subplots()
-    for method, marker in zip(nets.METHODS, "os^", strict=True):
-        values = values_of(rows, method)
-        if values:
-            counts = list(values)
-            stacked = np.array([values[count] for count in counts]).T
-            report.draw_band(panel, counts, stacked, label=method, marker=marker)
+    colours = dict(zip(_METHODS, ("tab:blue", "tab:orange", "tab:green"), strict=True))
+    markers = dict(zip(_METHODS, "os^", strict=True))
+    budgets = sorted({row["updates"] for row in rows if row["updates"]})
+    for label, values in curves_of(rows).items():
+        method, _, rest = label.partition(", ")
+        is_longest = not rest or rest.startswith(f"{budgets[-1]} ")
+        report.draw_band(
+            panel,
+            list(values),
+            np.array(list(values.values())).T,
+            label=label,
+            color=colours[method],
+            marker=markers[method],
+            linestyle="-" if is_longest else "--",
+        )
     panel.axhline(chance, color="grey", linestyle=":", label="guesses")
     ticks = sorted({row["images_per_class"] for row in rows})
     panel.set_xscale("log")
@@ -142,7 +164,7 @@ def draw(rows: Sequence[Row], title: str, chance: float) -> Figure:
     panel.set(xlabel="training images per class", ylabel="top-1 test accuracy, %")
     panel.set_title(title, fontsize=10)
     panel.grid(alpha=0.3)
-    panel.legend(loc="upper left")
+    panel.legend(loc="lower right", bbox_to_anchor=(1, 0.08))
     return figure
 
 
@@ -194,17 +216,17 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar="N,...",
         type=_counts,
         help="images per class of trained nets (default: 5,10,20 of digits, else none, as "
-        "each takes 2 x (rates + seeds) nets)",
+        "each takes 2 x (rates + seeds) nets for each budget)",
     )
     parser.add_argument(
         "--seeds", metavar="N", type=figures.positive, default=3, help="(%(default)s)"
     )
     parser.add_argument(
         "--updates",
-        metavar="N",
-        type=figures.positive,
-        default=nets.Budget.updates,
-        help="of each trained net (%(default)s)",
+        metavar="N,...",
+        type=_counts,
+        default=UPDATES,
+        help="of each trained net, one or more budgets (default: 40,200)",
     )
     parser.add_argument(
         "--batch_size",
@@ -256,10 +278,11 @@ def main(arguments: list[str]) -> int:
     if run.config is None:
         raise UsageError(f"--workdir: {origin} was trained by another version of resjax")
     rows = probe_curve(run, data_dir, counts, seeds)
-    if train_at:
-        budget = nets.Budget(flags.updates, flags.batch_size, flags.rates)
+    for updates in flags.updates if train_at else ():
+        budget = nets.Budget(updates, flags.batch_size, flags.rates)
+        where = output / f"{updates}_updates"
         rows += nets.train_curve(
-            run.config, origin, data_dir, train_at, seeds, budget, output, words
+            run.config, origin, data_dir, train_at, seeds, budget, where, words
         )
     records.say("\n" + format_table(rows))
     title = (

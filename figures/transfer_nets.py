@@ -27,7 +27,7 @@ from resjax.config import (
 from resjax.data.datasets import get_dataset
 from resjax.data.folder import FolderSource, open_folder
 
-PROBE, FINE_TUNED, FROM_SCRATCH = METHODS = ("probe", "fine-tuned", "from scratch")
+PROBE, FINE_TUNED, FROM_SCRATCH = ("probe", "fine-tuned", "from scratch")
 RATES = (0.05, 0.2, 0.8, 3.2)  # lr_per_256
 POOL = {"old": 140, "new": 50}  # digits of each class that may be trained on
 DIGITS = Path(__file__).resolve().parent.parent / "configs" / "digits.py"
@@ -239,18 +239,20 @@ def train_curve(
     for method in (FINE_TUNED, FROM_SCRATCH):
         found = {rate: held_out_accuracy(method, rate) for rate in budget.rates}
         rate = max(found, key=lambda rate: found[rate])
-        rows += [
-            make_row(method, count, seed, accuracy(method, count, seed, rate), rate)
-            for count in counts
-            for seed in seeds
-        ]
+        for count in counts:
+            for seed in seeds:
+                top1 = accuracy(method, count, seed, rate)
+                rows.append(make_row(method, count, seed, top1, budget.updates, rate))
     return rows
 
 
-def make_row(method: str, count: int, seed: int, top1: float, rate: Any = "") -> Row:
+def make_row(
+    method: str, count: int, seed: int, top1: float, updates: Any = "", rate: Any = ""
+) -> Row:
     """A row of the table: the accuracy of one net, in percent."""
     return {
         "method": method,
+        "updates": updates,
         "images_per_class": count,
         "seed": seed,
         "lr_per_256": rate,

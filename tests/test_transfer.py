@@ -106,11 +106,13 @@ def test_nets_have_the_same_updates_whatever_number_of_images_they_see(count, tm
 
 
 ROWS = [
-    nets.make_row(method, count, seed, top1 + seed)
-    for method, curve in {
-        "probe": {1: 60, 5: 75},
-        "fine-tuned": {5: 90, 10: 95},
-        "from scratch": {5: 80, 10: 94.9},
+    nets.make_row(method, count, seed, top1 + seed, updates)
+    for (method, updates), curve in {
+        ("probe", ""): {1: 60, 5: 75},
+        ("fine-tuned", 40): {5: 85},
+        ("from scratch", 40): {5: 70},
+        ("fine-tuned", 200): {5: 90, 10: 95},
+        ("from scratch", 200): {5: 80, 10: 94.9},
     }.items()
     for count, top1 in curve.items()
     for seed in (0, 1)
@@ -119,24 +121,38 @@ ROWS = [
 
 def test_the_verdict_and_the_table_say_means_and_deviations():
     said = transfer.verdict(ROWS)
-    assert said.startswith("In part as in the paper: top-1, of 5 images per class, ")
-    assert "90.50 +- 0.71 % fine-tuned and 80.50 +- 0.71 % from scratch" in said
-    assert "a probe has 60.50 +- 0.71 % of 1; a probe has 75.50 +- 0.71 % of 5" in said
+    assert said.startswith("In part as in the paper: top-1 in percent, after 40 updates ")
+    assert (
+        "after 40 updates 85.50 +- 0.71 fine-tuned and 70.50 +- 0.71 from scratch of 5 "
+        "images per class; after 200 updates 90.50 +- 0.71 fine-tuned and 80.50 +- 0.71 "
+        "from scratch of 5 images per class, 95.50 +- 0.71 fine-tuned and"
+    ) in said
+    assert "a probe has 60.50 +- 0.71 of 1 and 75.50 +- 0.71 of 5." in said
     table = [line.split("  ") for line in transfer.format_table(ROWS).splitlines()]
     table = [[cell.strip() for cell in line if cell.strip()] for line in table]
     assert table == [
-        ["images per class", "probe", "fine-tuned", "from scratch"],
-        ["1", "60.50 +- 0.71"],
-        ["5", "75.50 +- 0.71", "90.50 +- 0.71", "80.50 +- 0.71"],
-        ["10", "95.50 +- 0.71", "95.40 +- 0.71"],
+        ["images per class", "1", "5", "10"],
+        ["probe", "60.50 +- 0.71", "75.50 +- 0.71"],
+        ["fine-tuned, 40 updates", "85.50 +- 0.71"],
+        ["from scratch, 40 updates", "70.50 +- 0.71"],
+        ["fine-tuned, 200 updates", "90.50 +- 0.71", "95.50 +- 0.71"],
+        ["from scratch, 200 updates", "80.50 +- 0.71", "95.40 +- 0.71"],
     ]
 
 
-def test_the_curves_that_are_drawn_are_the_means(tmp_path):
+def test_the_verdict_holds_as_a_whole_only_if_all_comparisons_do():
+    short = [row for row in ROWS if row["updates"] in ("", 40)]
+    assert transfer.verdict(short).startswith("As in the paper: ")
+    probes = [row for row in ROWS if row["method"] == "probe"]
+    assert transfer.verdict(probes).startswith("top-1 in percent, a probe has")
+
+
+def test_the_curves_that_are_drawn_are_the_means():
     panel = transfer.draw(ROWS, "title", 20.0).axes[0]
     drawn = {line.get_label(): line.get_xydata().tolist() for line in panel.lines}
     assert drawn["probe"] == [[1, 60.5], [5, 75.5]]
-    assert drawn["from scratch"] == [[5, 80.5], [10, pytest.approx(95.4)]]
+    assert drawn["from scratch, 200 updates"] == [[5, 80.5], [10, pytest.approx(95.4)]]
+    assert drawn["fine-tuned, 40 updates"] == [[5, 85.5]]
     assert [y for _, y in drawn["guesses"]] == [20, 20]
 
 
@@ -157,13 +173,12 @@ def test_transfer_of_digits(tmp_path, capsys):
     top1 = {key: float(row["top1"]) for key, row in zip(keys, rows, strict=True)}
     assert all(20 < value <= 100 for value in top1.values())  # of guesses, 20
     num_test = (load_digits().target >= 5).sum() - 250
-    folders = output / "folders"
+    folders, runs = (output / "60_updates" / name for name in ("folders", "runs"))
     digits = files(output / "new_digits")
     for key in trained:
         rate = float(rows[keys.index(key)]["lr_per_256"])
         name = f"{key[0].replace(' ', '_')},5_images,seed={key[2]},rate={rate:g}"
-        lines = (output / "runs" / name / "metrics.jsonl").read_text().splitlines()
-        last = json.loads(lines[-1])
+        last = json.loads((runs / name / "metrics.jsonl").read_text().splitlines()[-1])
         assert (last["split"], last["step"]) == ("test", 60)
         assert last["top1"] == pytest.approx(top1[key], abs=1e-3)
         # A probe and both ways of training have the same images of a seed.
@@ -180,7 +195,7 @@ def test_transfer_of_digits(tmp_path, capsys):
     run = resjax.restore(output / "old_digits_run")
     rest = transfer.probe_curve(run, output / "new_digits", [5], [0, 1])
     assert [row["top1"] for row in rest] == [top1["probe", "5", seed] for seed in "01"]
-    both = [resjax.restore(p) for p in (output / "runs").glob("*seed=0,rate=*")]
+    both = [resjax.restore(p) for p in output.glob("*/runs/*seed=0,rate=*")]
     one, other = (configs.flatten(run.config) for run in both)
     changed = {name for name in one if one[name] != other[name]}
     assert changed <= {"init_from", "lr_per_256"} and "init_from" in changed
@@ -196,6 +211,7 @@ def test_transfer_of_digits(tmp_path, capsys):
         ("--train_at=5,x", "'x' is no whole number from 1"),
         ("--rates=0.1,-1", "no list of numbers above 0"),
         ("--seeds=0", "'0' is no whole number from 1"),
+        ("--updates=40,0", "'0' is no whole number from 1"),
         ("--workdir=runs/x", "--workdir and --data_dir: give both"),
         ("--data_dir=photos", "--workdir and --data_dir: give both"),
         ("--config.seed=1", "config.seed: this script sets it"),
@@ -226,7 +242,7 @@ def test_more_images_than_there_are_is_one_line_before_anything_is_trained(
     with pytest.raises(UsageError, match=told) as error:
         transfer.main([f"--output={output}", flag, *([] if is_digits else mine)])
     assert "\n" not in str(error.value)
-    assert not (output / "runs").exists() and not (output / "old_digits_run").exists()
+    assert not list(output.glob("*/runs")) and not (output / "old_digits_run").exists()
 
 
 def test_a_probe_of_a_users_own_run_and_folder(pretrained, folders, tmp_path, capsys):
@@ -240,7 +256,7 @@ def test_a_probe_of_a_users_own_run_and_folder(pretrained, folders, tmp_path, ca
     # All 50 of a class are the same whichever seed draws them.
     (last,) = {float(row["top1"]) for row in rows if row["images_per_class"] == "50"}
     assert f"{last:.2f} +- 0.00" in capsys.readouterr().out
-    assert not (output / "runs").exists()
+    assert not list(output.glob("*_updates"))
 
 
 # --- configs/finetune_folder.py -----------------------------------------------------
