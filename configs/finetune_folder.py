@@ -24,7 +24,7 @@ def get_config() -> Config:
         init_from="runs/resnet50",
         freeze_at=2,  # the stem and the first stage, whose features serve any photos
         head_lr_multiplier=10,
-        batch_size=64,
+        batch_size=16,
         lr_per_256=0.01,
         schedule="cosine",
         warmup="none",

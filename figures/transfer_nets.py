@@ -8,14 +8,15 @@ import dataclasses
 import math
 import os
 import shutil
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from resjax import checkpoint, records, report, training
 from resjax import config as configs
-from resjax import records, report, training
 from resjax.analysis import probe
 from resjax.config import (
     CheckpointConfig,
@@ -66,7 +67,8 @@ def write_digits(root: Path) -> tuple[Path, Path]:
         drawn = mine[probe.draw_subset(digits.target[mine], POOL[name], seed=0)]
         for i in mine:
             split = "train" if i in drawn else "val"
-            path = folder / split / str(digits.target[i]) / f"{i:04}.png"
+            # Not by the number alone: so classes are called whose names are not known.
+            path = folder / split / f"digit{digits.target[i]}" / f"{i:04}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(cv2.imencode(".png", pixels[i])[1].tobytes())
         folders.append(folder)
@@ -126,7 +128,7 @@ def write_subset(target: Path, **parts: tuple[FolderSource, np.ndarray]) -> None
             goal = target / split / path.relative_to(source.directory.name)
             goal.parent.mkdir(parents=True, exist_ok=True)
             try:
-                os.link(root / path, goal)
+                os.link(os.path.realpath(root / path), goal)
             except OSError:
                 shutil.copyfile(root / path, goal)
 
@@ -205,6 +207,7 @@ def train_curve(
     """
     pool, test = (open_folder(str(data_dir), split) for split in ("train", "val"))
     check_counts(pool, counts)
+    runs = workdir / f"runs_{_identity(origin, pool, test):08x}"
 
     def accuracy(method: str, count: int, seed: int, rate: float) -> float:
         drawn = probe.draw_subset(pool.labels, count, seed)
@@ -223,7 +226,7 @@ def train_curve(
             lr_per_256=rate,
             init_from=str(origin) if method == FINE_TUNED else None,
         )
-        run = workdir / "runs" / f"{method.replace(' ', '_')},{name},rate={rate:g}"
+        run = runs / f"{method.replace(' ', '_')},{name},rate={rate:g}"
         training.train(configs.override(config, words), run)
         return 100 - report.read_run(run).error
 
@@ -244,6 +247,17 @@ def train_curve(
                 top1 = accuracy(method, count, seed, rate)
                 rows.append(make_row(method, count, seed, top1, budget.updates, rate))
     return rows
+
+
+def _identity(origin: Path, *sources: FolderSource) -> int:
+    """A number that changes with the weights that nets start from, and with the images."""
+    found, _ = checkpoint.read(checkpoint.to_path(origin), items=[])
+    places = [
+        (os.path.realpath(source.directory), source.where(i))
+        for source in sources
+        for i in range(len(source))
+    ]
+    return zlib.crc32(repr((found.record.get("digest"), places)).encode())
 
 
 def make_row(

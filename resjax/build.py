@@ -34,7 +34,7 @@ from resjax.models.resnet import create_model, frozen_layers
 from resjax.steps import Batch, TrainState
 
 _INT32 = 2**31  # steps and positions are int32
-_PRECISE_GROUP = 256  # examples that a device normalises at once, at most
+_PRECISE_GROUP = 256  # examples of a group, at most (of the last, less than twice as many)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -390,7 +390,8 @@ def build_precise_bn(
 
     The result depends on the parameters, the examples and the size of a group, which is
     that of training, or at most 256 where the whole minibatch shares statistics. On how
-    many devices, and in what minibatches, it does not depend.
+    many devices, and in what minibatches, it does not depend. Each device takes whole
+    groups; what does not fill one joins the last.
 
     Args:
       config: of the run.
@@ -409,7 +410,8 @@ def build_precise_bn(
         raise UsageError(f"precise batch norm: {num_examples} examples are not 2 or more")
     augment, _ = build_data.build_transforms(config)
     step = precise_bn.make_group_step(model, augment)
-    group = config.norm.virtual_batch_size or min(config.batch_size, _PRECISE_GROUP)
+    group = describe_model(config)["virtual_batch_size"]
+    group = group or min(config.batch_size, _PRECISE_GROUP)
     on_each = parallel.run_on_devices(step, config.parallel)
     on_same = parallel.run_on_devices(step, config.parallel, sharded=False)
 
@@ -470,12 +472,21 @@ def check_data(now: dict[str, Any], before: dict[str, Any]) -> None:
     check_class_names(now["class_names"], before["class_names"])
 
 
+def other_class(now: list[str], before: list[str]) -> tuple[int, str, str] | None:
+    """The first class that has another name than it had: its number, and both.
+
+    None if there is none, or the names were numbers, as where they were not known.
+    """
+    if before == [str(i) for i in range(len(before))]:
+        return None
+    pairs = zip(now, before, strict=True)
+    return next(((i, a, b) for i, (a, b) in enumerate(pairs) if a != b), None)
+
+
 def check_class_names(now: list[str], before: list[str]) -> None:
     """Raises `UsageError` if the classes have other names than those trained on."""
-    pairs = zip(now, before, strict=True)
-    other = next(((i, a, b) for i, (a, b) in enumerate(pairs) if a != b), None)
-    unnamed = before == [str(i) for i in range(len(before))]
-    if other and not unnamed:
+    other = other_class(now, before)
+    if other:
         index, name, trained = other
         raise UsageError(
             f"config.data.dir: class {index} is {name!r}, and was {trained!r} in training"

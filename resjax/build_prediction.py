@@ -68,6 +68,7 @@ class Prediction:
       passes: for each pass over the split, the indices of its examples, and a function that
         starts its sharded batches. The softmax of the passes is to be averaged.
       num_examples: of the split.
+      sizes: of the images, [(height, width), ...], where scales need them.
       read_image: index -> the image as it is evaluated, [H, W, 3] uint8; of several crops
         the middle, of several scales the smallest.
     """
@@ -75,6 +76,7 @@ class Prediction:
     step: Callable[[Any, Batch], dict[str, jax.Array]]
     passes: Sequence[tuple[np.ndarray, Callable[[], Iterable[Batch]]]]
     num_examples: int
+    sizes: Sequence[tuple[int, int] | None] | None
     read_image: Callable[[int], np.ndarray]
 
 
@@ -85,6 +87,7 @@ def build_prediction(
     model: ResNet,
     protocol: Protocol = PLAIN,
     class_names: list[str] | None = None,
+    sizes: Sequence[tuple[int, int] | None] | None = None,
 ) -> Prediction:
     """The predictions for a split.
 
@@ -96,6 +99,7 @@ def build_prediction(
       model: to evaluate.
       protocol: how images are shown to it.
       class_names: that the data must have.
+      sizes: of another prediction of the same split, which need not be read again.
 
     Raises:
       UsageError: the data is not there, or has other classes; a protocol that the data or
@@ -121,7 +125,8 @@ def build_prediction(
         window = dense.window_size(model, size)
         apply = partial(dense.dense_logits, model, window=window)
         crop = reader.crop_to(views.resized)
-        plans = _build_scales(reader, model, protocol.scales, fitting)
+        sizes = sizes or _read_sizes(reader)
+        plans = _build_scales(sizes, model, protocol.scales, fitting)
     else:
         shape: views.Shape = (size, size, 3)
         if protocol.crops == 10:
@@ -129,7 +134,7 @@ def build_prediction(
         plans = [views.group_by_shape([shape] * count, fitting)]
 
     def read_image(index: int) -> np.ndarray:
-        shape = next(group.shape for group in plans[0] if index in group.indices)
+        shape = next(group.shape for group in plans[-1] if index in group.indices)
         image = np.zeros(shape, np.uint8)
         reader.read(index, crop, image)
         return image[-1] if image.ndim == 4 else image
@@ -140,6 +145,7 @@ def build_prediction(
         ),
         passes=[_build_pass(reader, crop, plan) for plan in plans],
         num_examples=count,
+        sizes=sizes,
         read_image=read_image,
     )
 
@@ -163,24 +169,34 @@ def _check_fits(config: Config, model: ResNet, protocol: Protocol) -> None:
         )
 
 
-def _build_scales(
-    reader: Any, model: ResNet, scales: Sequence[int], fitting: Callable[..., int]
-) -> list[Any]:
-    """A plan for each scale, the smallest first."""
-    from resjax.data import pipeline, views
+def _read_sizes(reader: Any) -> list[tuple[int, int] | None]:
+    """Of all images of a split; checks that the hosts have the same."""
+    from resjax.data import pipeline
 
-    stride = dense.total_stride(model)
     sizes = pipeline.image_sizes(reader)
     if not hosts.is_same(zlib.crc32(repr(sizes).encode())):
         raise UsageError(
             f"config.data.dir: process {jax.process_index()} has images of other sizes "
             "than the others"
         )
+    return sizes
+
+
+def _build_scales(
+    sizes: Sequence[tuple[int, int] | None],
+    model: ResNet,
+    scales: Sequence[int],
+    fitting: Callable[..., int],
+) -> list[Any]:
+    """A plan for each scale, the largest first, which shows whether memory is enough."""
+    from resjax.data import views
+
+    stride = dense.total_stride(model)
     return [
         views.group_by_shape(
             (size and views.scaled_shape(*size, scale, stride) for size in sizes), fitting
         )
-        for scale in sorted(scales)
+        for scale in sorted(scales, reverse=True)
     ]
 
 

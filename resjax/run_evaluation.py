@@ -28,6 +28,8 @@ from resjax.config import Config, UsageError
 from resjax.evaluation import Predictions
 from resjax.models import fold
 
+_LONG_NAME = 150  # characters of a file's name, of which systems allow 255
+
 
 def evaluate(
     workdir: str | epath.Path | Sequence[str | epath.Path],
@@ -104,7 +106,8 @@ def evaluate(
         ]
     if fold_batch_norm:
         members = [_fold(member) for member in members]
-        predictions = _build(members, split, batch_size, protocol)
+        sizes = predictions[0].sizes
+        predictions = _build(members, split, batch_size, protocol, sizes)
     mean, own, seconds = _predict(members, predictions)
     numbers = evaluation.summarize(mean)
     if precise_bn:
@@ -123,7 +126,7 @@ def evaluate(
         **({"fold_batch_norm": True} if fold_batch_norm else {}),
         **({"members": own} if len(members) > 1 else {}),
     }
-    suffix = _suffix(result)
+    suffix = _suffix(result, members[1:])
     stem = f"eval_{split}_{first.step}{suffix}"
     with contextlib.suppress(OSError):  # a run may be kept where nobody can write
         records.write_json(first.workdir / f"{stem}.json", result)
@@ -249,20 +252,27 @@ def _check_together(members: Sequence[_Member], other: _Member) -> None:
 
 
 def _build(
-    members: Sequence[_Member], split: str, batch_size: int | None, protocol: Protocol
+    members: Sequence[_Member],
+    split: str,
+    batch_size: int | None,
+    protocol: Protocol,
+    sizes: Sequence[tuple[int, int] | None] | None = None,
 ) -> list[Prediction]:
-    """What predicts the split, of each."""
-    return [
-        build_prediction(
+    """What predicts the split, of each; the sizes of its images are read once."""
+    built: list[Prediction] = []
+    for member in members:
+        prediction = build_prediction(
             member.config,
             split,
             batch_size or member.config.batch_size,
             member.model,
             protocol,
             member.class_names,
+            sizes,
         )
-        for member in members
-    ]
+        sizes = prediction.sizes
+        built.append(prediction)
+    return built
 
 
 def _predict(
@@ -296,8 +306,11 @@ def _predict(
     return mean, own, time.perf_counter() - began - waits.compiling
 
 
-def _suffix(result: dict[str, Any]) -> str:
+def _suffix(result: dict[str, Any], others: Sequence[_Member]) -> str:
     """What the name of a file says of an evaluation that is not the plain one."""
+    names = "_".join(f"{member.workdir.name}-{member.step}" for member in others)
+    if len(names) > _LONG_NAME:
+        names = f"{len(others)}_others"
     scales = "-".join(map(str, result.get("scales", ())))
     parts = [
         f"_crops{result['crops']}" if "crops" in result else "",
@@ -305,7 +318,7 @@ def _suffix(result: dict[str, Any]) -> str:
         "_ema" if "ema" in result else "",
         f"_precise{result['precise_bn']}" if "precise_bn" in result else "",
         "_folded" if "fold_batch_norm" in result else "",
-        f"_ensemble{len(result['members'])}" if "members" in result else "",
+        f"_with_{names}" if others else "",
     ]
     return "".join(parts)
 

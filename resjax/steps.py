@@ -138,13 +138,14 @@ def make_train_step(
     key = jax.random.fold_in(jax.random.key(seed), _DROPOUT)
     frozen = frozen_layers(model, freeze_at)
     trained = partial(_without, frozen)
+    freezing: dict[str, Any] = {"freeze_at": freeze_at} if frozen else {}
 
     def loss_fn(params: Any, state: TrainState, batch: Batch) -> tuple[jax.Array, Any]:
         logits, updates = model.apply(
             {"params": {**state.params, **params}, "batch_stats": state.batch_stats},
             augment(batch),
             train=True,
-            freeze_at=freeze_at,
+            **freezing,
             mutable=["batch_stats"],
             rngs={"dropout": jax.random.fold_in(key, state.step)},
         )

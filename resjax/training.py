@@ -155,33 +155,41 @@ def _first_state(
         return parallel.replicate(state), f"resuming after step {latest.step}"
     if config.init_from is None:
         return run.init_state(), "from the start"
-    return _init_from(config.init_from, run.init_state())
+    return _init_from(config.init_from, run)
 
 
-def _init_from(path: str, state: TrainState) -> tuple[TrainState, str]:
+def _init_from(path: str, run: build.Run) -> tuple[TrainState, str]:
     """The state before the first update with the weights of another run.
 
-    A classifier of another size is left as it is.
+    The classifier is new if the classes are others, by their number or their names. Says
+    so if that run normalised its images in another way.
 
     Raises:
       UsageError: there is no such run, or it is of another model.
     """
+    state = run.init_state()
     try:
         given, damaged = checkpoint.read(checkpoint.to_path(path), items=["variables"])
         arrays, own = given.arrays["variables"], checkpoint.to_arrays(state.variables)
-        new_head = {
-            name: own[name]
-            for name in own
-            if name.startswith("params/head/")
-            and name in arrays
-            and arrays[name].shape != own[name].shape
-        }
-        variables = checkpoint.to_tree(arrays | new_head, state.variables, given.path)
+        head = {name: own[name] for name in own if name.startswith("params/head/")}
+        is_new = any(
+            name in arrays and arrays[name].shape != head[name].shape for name in head
+        ) or build.other_class(run.record["class_names"], given.record["class_names"])
+        arrays = arrays | head if is_new else arrays
+        variables = checkpoint.to_tree(arrays, state.variables, given.path)
     except UsageError as error:
         raise UsageError(f"config.init_from: {error}") from error
     records.warn_of_damage(damaged, given.step)
+    for name in ("mean", "std"):
+        theirs = given.record.get("preprocess", {}).get(name)
+        ours = run.record["preprocess"][name]
+        if theirs not in (None, ours):
+            records.warn(
+                f"config.init_from: {path} was trained on images normalised with {name} "
+                f"{theirs}, and these are with {ours}; its first layer sees others"
+            )
     origin = f"from the weights of {path} after step {given.step}"
-    origin += " and a new classifier" if new_head else ""
+    origin += " and a new classifier" if is_new else ""
     state = dataclasses.replace(state, **parallel.replicate(variables))
     if state.ema is not None:
         state = dataclasses.replace(state, ema=copy_variables(state.variables))
@@ -486,12 +494,37 @@ def _make_refine(
                     f"top-1 {means['top1']:6.2f} %; recomputing them over "
                     f"{config.precise_bn_examples:,} training examples"
                 )
-            ema = state.ema and run.precise_bn(state.ema)
-            variables = run.precise_bn(state.variables)
-            made.append(dataclasses.replace(state, **variables, ema=ema))
+            made.append(_with_precise_bn(run, state))
         return made[0]
 
     return refine
+
+
+def _with_precise_bn(run: build.Run, state: TrainState) -> TrainState:
+    """The state with precise statistics, or as it is where they cannot be had.
+
+    So an image that cannot be read, or too little memory, does not cost the last updates.
+    In one of several processes it is raised: the others do not know of it.
+    """
+    assert run.precise_bn
+    try:
+        ema = state.ema and run.precise_bn(state.ema)
+        return dataclasses.replace(state, **run.precise_bn(state.variables), ema=ema)
+    except (
+        UsageError,
+        RunError,
+        OSError,
+        MemoryError,
+        jax.errors.JaxRuntimeError,
+    ) as error:
+        if jax.process_count() > 1:
+            raise
+        told = " ".join(str(error).split())[:300]
+        records.warn(
+            f"config.precise_bn_examples: {told}; the run ends with its running statistics "
+            "(eval.py --precise_bn takes them anew)"
+        )
+        return state
 
 
 def _make_evaluation(

@@ -131,7 +131,7 @@ TRAIN = [
     (write("config.json", '{"batch'), "", "run/config.json", "no config"),
     (write("config.json", "[1]"), "", "run/config.json", "[1]", "no set of fields"),
     (as_folder("config.json"), "", "run/config.json", "directory"),
-    (fields(ema_decay=0.9), "", "run/config.json", "'ema_decay'", "this version"),
+    (fields(mixup=0.9), "", "run/config.json", "'mixup'", "this version"),
     (fields(batch_size=None), "", "run/config.json", "batch_size", "None"),
     (write("metrics.jsonl", '{"step": 1\n'), "", "run/metrics.jsonl", "damaged"),
     (write("metrics.jsonl", "3\n"), "", "run/metrics.jsonl", "damaged"),
@@ -184,7 +184,7 @@ REPORT = [
     (write("metrics.jsonl", "3\n"), "", "run/metrics.jsonl", "damaged"),
     (as_folder("metrics.jsonl"), "", "run/metrics.jsonl", "directory"),
     (write("config.json", "{"), "", "run/config.json"),
-    (fields(ema_decay=0.9), "", "run/config.json", "'ema_decay'"),
+    (fields(mixup=0.9), "", "run/config.json", "'mixup'"),
 ]
 
 

@@ -61,7 +61,7 @@ def test_a_scale_has_a_pass_with_a_batch_for_each_shape(config):
     passes = predict(config, 40, scales=(56, 28)).passes
     assert len(passes) == 2
     first, second = (shapes_of(start) for _, start in passes)
-    for shapes, scale in ((first, 28), (second, 56)):  # the smallest first
+    for shapes, scale in ((first, 56), (second, 28)):  # the largest first
         assert {min(shape[1:3]) for shape in shapes} == {scale}
         pixels = [shape[1] * shape[2] for shape in shapes]
         assert pixels == sorted(pixels, reverse=True)

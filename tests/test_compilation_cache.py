@@ -13,8 +13,7 @@ import matplotlib as mpl
 import pytest
 from conftest import ROOT
 
-from resjax import compilation_cache, sweep, training
-from resjax import runs as own_runs
+from resjax import compilation_cache, run_evaluation, sweep, training
 from resjax.compilation_cache import use_compilation_cache
 
 DIR = "jax_compilation_cache_dir"
@@ -235,7 +234,7 @@ def test_every_command_that_runs_uses_it(name, monkeypatch, tmp_path):
     module = sweep if name == "sweep" else __import__(name)
     monkeypatch.setattr(module, "use_compilation_cache", lambda: calls.append("cache"))
     monkeypatch.setattr(training, "train", stop)
-    monkeypatch.setattr(own_runs, "evaluate", stop)
+    monkeypatch.setattr(run_evaluation, "evaluate", stop)
     monkeypatch.setattr(sweep, "_train_all", stop)
     monkeypatch.setattr(sweep, "compare", lambda *args: None)
     monkeypatch.chdir(ROOT)

@@ -161,5 +161,5 @@ def test_workdirs_given_several_times_are_an_ensemble(evaluate_here, workdir, by
     first, second = result["members"]
     assert (first["step"], second["step"]) == (22, 10)
     assert first["top1"] == by_ones["top1"]
-    path = workdir / "eval_test_22_ensemble2.json"
+    path = workdir / f"eval_test_22_with_{workdir.name}-10.json"
     assert json.loads(path.read_text()) == result

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -50,6 +51,15 @@ def test_a_run_starts_from_the_weights_and_anew_in_all_else(source, tiny, tmp_pa
     assert saved(tmp_path / "run", 2, "optimizer")["step"] == 2
 
 
+def test_images_that_were_normalised_in_another_way_are_told_of(tiny, tmp_path, capsys):
+    config = tiny("data.name=cifar10", "data.image_size=32")
+    variables = random_variables(build.build_model(config))
+    convert.write_checkpoint(tmp_path / "given", variables, config)
+    assert training.train(tiny(f"init_from={tmp_path / 'given'}"), tmp_path / "run") == 0
+    told = [x for x in capsys.readouterr().err.splitlines() if "config.init_from: " in x]
+    assert len(told) == 2 and "with mean [0.49" in told[0] and "with std [0.24" in told[1]
+
+
 def averages(workdir, step):
     found = saved(workdir, step, "optimizer").items()
     return {name[4:]: array for name, array in found if name.startswith("ema/")}
@@ -96,12 +106,36 @@ def test_a_run_starts_from_converted_weights_of_other_data(tiny, tmp_path, capsy
     words = f"model={name}", "model_kwargs.stage_sizes=1,1,1", "model_kwargs.width=4"
     config = tiny(*words, f"init_from={tmp_path / 'given'}", "freeze_at=4")  # digits
     assert training.train(config, tmp_path / "run") == 0
-    assert "after step 0 and a new classifier, in" in capsys.readouterr().out
+    told = "after step 0 and a new classifier, stem stage1 stage2 stage3 frozen, in"
+    assert told in capsys.readouterr().out
     given, found = checkpoint.to_arrays(given), saved(tmp_path / "run", 2)
     for path in given:
         is_head = path.startswith("params/head")
         assert np.array_equal(given[path], found[path]) != is_head, path
     assert found["params/head/kernel"].shape == (16, 10)
+
+
+@pytest.mark.parametrize("names, is_new", [("abcdefghij", True), ("0123456789", False)])
+def test_a_classifier_of_as_many_other_classes_is_new(
+    names, is_new, tiny, tmp_path, capsys
+):
+    config = tiny()
+    run = build.build_run(config)
+    given = random_variables(build.build_model(config))
+    record = {**run.record, "class_names": list(names)}
+    arrays = {
+        "variables": checkpoint.to_arrays(given),
+        "optimizer": checkpoint.to_arrays(run.init_state().optimizer),
+    }
+    folder = tmp_path / "given" / "checkpoints" / "0" / "state"
+    folder.mkdir(parents=True)
+    for name, content in checkpoint.to_files({"step": 0, **record}, arrays).items():
+        (folder / name).write_bytes(content)
+    still = "lr_per_256=1e-30", "weight_decay=0", f"init_from={tmp_path / 'given'}"
+    assert training.train(tiny(*still), tmp_path / "run") == 0
+    assert ("and a new classifier" in capsys.readouterr().out) == is_new
+    found = saved(tmp_path / "run", 2)["params/head/kernel"]
+    assert np.array_equal(found, arrays["variables"]["params/head/kernel"]) != is_new
 
 
 def test_a_checkpoint_may_be_named(source, tiny, tmp_path):
@@ -132,7 +166,9 @@ def test_a_classifier_of_another_size_is_drawn_anew(source, tiny):
     variables = build.build_model(config).init(jax.random.key(1), images)
     tx = build.build_optimizer(config, lambda step: 0.1)
     own = steps.create_state(variables, tx)
-    state, told = training._init_from(str(source), own)
+    record = build.build_run(tiny()).record
+    run = types.SimpleNamespace(init_state=lambda: own, record=record)
+    state, told = training._init_from(str(source), run)
     assert told == f"from the weights of {source} after step 2 and a new classifier"
     kernel = state.params["stage1"]["block1"]["conv1"]["kernel"]
     wanted = saved(source, 2)["params/stage1/block1/conv1/kernel"]

@@ -186,7 +186,7 @@ def inputs_of_norms(model, variables, groups):
 
 @pytest.mark.parametrize(
     "name",
-    ["cifar_resnet20", pytest.param("cifar_preact_resnet164", marks=pytest.mark.slow)],
+    ["cifar_resnet20", "cifar_preact_resnet110"],
 )
 def test_every_norm_has_the_statistics_of_what_it_takes(name):
     shape, norm = {"stage_sizes": (1, 1, 1)}, NormConfig(virtual_batch_size=64)
@@ -345,6 +345,22 @@ def test_the_last_record_is_that_of_the_precise_statistics(plain, precise):
     found = run_evaluation.evaluate(precise)
     assert found["loss"] == pytest.approx(last["loss"], rel=1e-5)
     assert found["top1"] == pytest.approx(last["top1"])
+
+
+@pytest.mark.parametrize("error", [UsageError("data: example 3: broken"), MemoryError()])
+def test_a_run_is_saved_as_it_is_where_they_cannot_be_made(
+    train, plain, tmp_path, monkeypatch, capsys, error
+):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(precise_bn, "pool", fail)
+    assert train(tmp_path / "run", EXAMPLES) == 0
+    (line,) = (x for x in capsys.readouterr().err.splitlines() if "precise_bn" in x)
+    assert f"{error}; the run ends with its running statistics" in line
+    found, expected = saved(tmp_path / "run", LAST), saved(plain, LAST)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert read_metrics(tmp_path / "run") == read_metrics(plain)
 
 
 def test_eval_makes_the_statistics_that_the_end_of_a_run_makes(plain, precise, capsys):

@@ -164,8 +164,8 @@ PROTOCOLS = {
     "plain": ("a", {}, ""),
     "crops": ("a", {"crops": 10}, "_crops10"),
     "scales": ("a", {"scales": (28, 40)}, "_scales28-40"),
-    "ensemble": ("ab", {}, "_ensemble2"),
-    "ensemble of crops": ("ab", {"crops": 10}, "_crops10_ensemble2"),
+    "ensemble": ("ab", {}, "_with_b-0"),
+    "ensemble of crops": ("ab", {"crops": 10}, "_crops10_with_b-0"),
 }
 
 
@@ -219,7 +219,7 @@ def test_an_ensemble_says_what_each_member_is_worth(evaluate, workdirs, tmp_path
         assert member["top1"] == pytest.approx(alone)
         assert (member["workdir"], member["step"]) == (str(tmp_path / name), 0)
     (path,) = tmp_path.rglob("eval_*.json")  # in the first of them
-    assert path == tmp_path / "b" / "eval_test_0_ensemble2.json"
+    assert path == tmp_path / "b" / "eval_test_0_with_a-0.json"
 
 
 def test_the_plain_numbers_are_those_of_the_evaluation_in_training(
@@ -345,8 +345,8 @@ def test_runs_that_do_not_go_together_are_named(evaluate, data_folder, tmp_path)
 def test_runs_of_classes_of_other_names_are_named(evaluate, workdirs, monkeypatch):
     opened = run_evaluation._open_member
 
-    def rename(path, step):
-        member = opened(path, step)
+    def rename(path, step, ema):
+        member = opened(path, step, ema)
         names = ["cat", "dog", "cow", "pig", "emu"]
         if path.name == "b":
             names[3] = "hen"

@@ -111,7 +111,8 @@ def sweep(
     if not build_members.can_train_together(config):
         raise UsageError(
             "config: its runs cannot be trained at once: that needs data that the devices "
-            "hold (config.data.on_device), no config.init_from and no float16"
+            "hold (config.data.on_device), no config.init_from, no float16 and no "
+            "config.precise_bn_examples"
         )
     build_members.check(all_configs, schemes)
     members = build_members.build_members(all_configs, schemes, batch_seed)

@@ -229,22 +229,22 @@ class ResNet(nn.Module):
         """
         frozen = frozen_layers(self, freeze_at)
 
-        def run(layer: Any, x: jax.Array) -> jax.Array:
-            if layer.name in frozen:
+        def run(name: str, layer: Any, x: jax.Array) -> jax.Array:
+            if name in frozen:
                 return lax.stop_gradient(layer(x, train=False, update_stats=False))
             return layer(x, train=train, update_stats=update_stats)
 
         conv = partial(self.conv, dtype=self.dtype)
         stem_norm = None if self.preactivation else self.norm
         stem = Stem(self.width, self.downsample, conv, stem_norm, name="stem")
-        x = run(stem, x.astype(self.dtype))  # [B, H/4, W/4, width]
+        x = run("stem", stem, x.astype(self.dtype))  # [B, H/4, W/4, width]
         stages = {}
         for i in range(len(self.stage_sizes)):
             name = f"stage{i + 1}"
-            x = run(self._stage(i, conv, name), x)
+            x = run(name, self._stage(i, conv, name), x)
             stages[name] = x  # [B, H/4 / 2**i, W/4 / 2**i, D]
         if self.preactivation:
-            x = stages[name] = nn.relu(run(self.norm(name="norm"), x))
+            x = stages[name] = nn.relu(run("norm", self.norm(name="norm"), x))
         x = x.astype(jnp.float32).mean(axis=(1, 2))  # [B, D]
         if self.num_classes:
             head = nn.Dense(
