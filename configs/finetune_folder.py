@@ -4,13 +4,16 @@ python -m resjax.convert resnet50.safetensors --model resnet50 --workdir runs/re
 python train.py --config=configs/finetune_folder.py --config.num_classes=N \
     --config.data.dir=DIR
 python eval.py --workdir=runs/finetune_folder --step=best
-python -c "import resjax; run = resjax.restore('runs/finetune_folder', 'best'); ..."
+python -c "import resjax; from PIL import Image; \
+    run = resjax.restore('runs/finetune_folder', 'best'); \
+    print(run.class_names[run.predict(Image.open('photo.jpg')).argmax()])"
 
-N is the number of folders. Any run of the same model can be started from, with
---config.init_from=WORKDIR, another model with --config.model=NAME. Change first lr_per_256
-(a third, three times), then num_epochs. Of thousands of images, freeze_at=0 may be better;
-of few, `python -m figures.transfer` shows what the features are worth without training. If
-left and right differ, as in text, --config.data.recipe=none neither flips nor crops.
+N is the number of folders; the README says where weights come from. Any run of the same
+model can be started from, with --config.init_from=WORKDIR. Change first lr_per_256 (a
+third, three times), then num_epochs. Of thousands of images, freeze_at=0 may be better; of
+few, what the features are worth without training tells `python -m figures.transfer
+--workdir=runs/resnet50 --data_dir=DIR`. Of fewer than 16 images in all, lower batch_size.
+If left and right differ, as in text, --config.data.recipe=none neither flips nor crops.
 """
 
 from resjax.config import CheckpointConfig, Config, DataConfig

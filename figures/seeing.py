@@ -27,6 +27,7 @@ from resjax import build_data, checkpoint, records
 from resjax.analysis import attribution, excitation, seeing
 from resjax.compilation_cache import use_compilation_cache
 from resjax.config import ArgumentParser, UsageError, run_command
+from resjax.data.folder import EXTENSIONS
 
 COLUMNS = 10  # classes, maps and images in a row
 _FILTER_COLUMNS, _MOST_FILTERS = 16, 64
@@ -288,25 +289,27 @@ def _cap(saliency: np.ndarray) -> float:
     return float(np.percentile(saliency, 99))
 
 
-def _read_pictures(folder: str) -> list[Any]:
-    """All image files of a folder, by name."""
+def _read_pictures(folder: str, count: int, preprocess: Any) -> np.ndarray:
+    """The first image files of a folder, by name, as the net takes them: [N, S, S, 3]."""
     from PIL import Image, UnidentifiedImageError
 
     path = Path(folder)
-    files = (
-        sorted(each for each in path.iterdir() if each.is_file()) if path.is_dir() else []
+    files = sorted(
+        file
+        for file in (path.iterdir() if path.is_dir() else [])
+        if file.suffix.lower() in EXTENSIONS and not file.name.startswith(".")
     )
     if not files:
-        raise UsageError(f"--pictures: {folder} is no folder with image files")
+        kinds = " ".join(EXTENSIONS)
+        raise UsageError(f"--pictures: {folder} is no folder with image files ({kinds})")
     pictures = []
-    for file in files:
+    for file in files[:count]:
         try:
             with Image.open(file) as image:
-                image.load()
-                pictures.append(image)
+                pictures.append(preprocess(image))
         except (UnidentifiedImageError, OSError) as error:
             raise UsageError(f"--pictures: {file} is no image: {error}") from error
-    return pictures
+    return np.concatenate(pictures)
 
 
 def main(arguments: list[str]) -> int:
@@ -323,7 +326,7 @@ def main(arguments: list[str]) -> int:
         metavar="N",
         type=figures.positive,
         default=1000,
-        help="the first N of the test split, at most (%(default)s)",
+        help="the first N of the test split or of the files, at most (%(default)s)",
     )
     add(
         "--steps",
@@ -349,7 +352,7 @@ def main(arguments: list[str]) -> int:
         )
         images, labels = map(np.asarray, figures.load_images(config, flags.images))
     else:
-        images = run.preprocess(_read_pictures(flags.pictures))
+        images = _read_pictures(flags.pictures, flags.images, run.preprocess)
     picture = io.BytesIO()
     draw(examine(run, images, labels, flags.steps)).savefig(picture, dpi=100, format="png")
     try:

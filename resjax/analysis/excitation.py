@@ -89,11 +89,11 @@ def exciting_images(
       the step's length; Mahendran & Vedaldi 2014 (arXiv:1412.0035) for total variation
       with an exponent.
     """
-    units = check_units("units", units, _count_units(model, variables, layer, image_size))
     jitter = image_size // 16 if jitter is None else jitter
-    low, high = (-np.inf, np.inf) if bounds is None else bounds
+    low, high = map(np.asarray, (-np.inf, np.inf) if bounds is None else bounds)
     ascent = _Ascent(step_size, jitter, smoothness, l2, low, high, grey)
     _check_ascent(ascent, steps, image_size)
+    units = check_units("units", units, _count_units(model, variables, layer, image_size))
     shape = (image_size, image_size, 3)
     start = _START * jax.random.normal(jax.random.fold_in(key, 0), shape)
     start = jnp.where(grey, start[..., :1], start)

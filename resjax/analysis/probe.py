@@ -104,7 +104,7 @@ def extract_features(
             example = source[index]
             label = int(example["label"])
             check_label(label, len(source.class_names))
-            return decode(example["image"], rotates), label
+            return run.preprocess(decode(example["image"], rotates)), label
         except DataError as error:
             where = source.where(index)
             raise DataError(f"data: example {index} ({where}): {error}") from None
@@ -112,7 +112,7 @@ def extract_features(
     def load(start: int) -> tuple[np.ndarray, list[int]]:
         part = range(start, min(start + size, len(source)))
         images, labels = zip(*map(read, part), strict=True)
-        return run.preprocess(images), list(labels)
+        return np.concatenate(images), list(labels)
 
     compute = make_features(run)
     values: list[np.ndarray] = []
@@ -183,8 +183,8 @@ def fit_probe(
 ) -> Any:
     """Fits a logistic regression to features that are standardised by these examples.
 
-    The weights W [D, K] minimise C * (sum of the cross-entropies) + |W|^2 / 2; the biases
-    are free.
+    The weights W [D, K] minimise C * (sum of the cross-entropies) + |W|^2 / 2, of two
+    classes w [D], the difference of theirs; the biases are free.
 
     Args:
       values: [N, D] features.
@@ -248,8 +248,14 @@ def learning_curve(
       "penalty_inverse" (C), "top1" (percent of the test examples).
 
     Raises:
-      UsageError: a class has fewer images; it is named, before anything is fitted.
+      UsageError: a class has fewer images, and is named before anything is fitted; or the
+        classes of `test` are others.
     """
+    if train.class_names != test.class_names:
+        raise UsageError(
+            f"test: its classes are {test.class_names}, and those of train are "
+            f"{train.class_names}"
+        )
     check_enough(train.labels, images_per_class, train.class_names)
     rows = []
     for count in images_per_class:

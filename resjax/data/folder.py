@@ -15,7 +15,7 @@ import numpy as np
 from resjax.config import UsageError, unknown_name
 from resjax.data.decode import DataError
 
-_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,14 +105,14 @@ def _images(directory: Path, root: Path, strangers: list[Path]) -> list[str]:
                 f"config.data.dir: {entry.path} is a folder; the images of a class lie in "
                 f"{directory} itself"
             )
-        if entry.name.lower().endswith(_EXTENSIONS):
+        if entry.name.lower().endswith(EXTENSIONS):
             names.append(entry.name)
     if not names:
         left_out = any(path.parent == directory for path in strangers)
         why = f"; links that lead out of {root} are not followed" if left_out else ""
         raise UsageError(
             f"config.data.dir: the class folder {directory} has no image "
-            f"({' '.join(_EXTENSIONS)}){why}"
+            f"({' '.join(EXTENSIONS)}){why}"
         )
     return names
 
