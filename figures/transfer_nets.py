@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from resjax import checkpoint, records, report, training
@@ -228,6 +229,7 @@ def train_curve(
         )
         run = runs / f"{method.replace(' ', '_')},{name},rate={rate:g}"
         training.train(configs.override(config, words), run)
+        jax.clear_caches()  # the programs of a hundred nets are more than a process may map
         return 100 - report.read_run(run).error
 
     def held_out_accuracy(method: str, rate: float) -> float:

@@ -13,6 +13,8 @@ from resjax import build_data, convert
 from resjax.config import Config, DataConfig, ModelKwargs, UsageError
 from resjax.data import pipeline
 
+pytestmark = pytest.mark.xdist_group("seeing")  # one worker runs all that share a page
+
 SMALL = {
     "digits": Config(
         model="cifar_preact_resnet110",

@@ -186,7 +186,7 @@ def inputs_of_norms(model, variables, groups):
 
 @pytest.mark.parametrize(
     "name",
-    ["cifar_resnet20", "cifar_preact_resnet110"],
+    [pytest.param("cifar_resnet20", marks=pytest.mark.slow), "cifar_preact_resnet110"],
 )
 def test_every_norm_has_the_statistics_of_what_it_takes(name):
     shape, norm = {"stage_sizes": (1, 1, 1)}, NormConfig(virtual_batch_size=64)
@@ -326,6 +326,7 @@ def precise(train, tmp_path_factory):
 EXAMPLES = f"precise_bn_examples={NUM_EXAMPLES}"
 
 
+@pytest.mark.xdist_group("precise")
 def test_only_the_last_statistics_of_a_run_are_precise(plain, precise):
     before, after = (saved(run, LAST) for run in (plain, precise))
     for name, array in before.items():
@@ -337,6 +338,7 @@ def test_only_the_last_statistics_of_a_run_are_precise(plain, precise):
     assert_stem_is_exact(nested["batch_stats"], nested["params"], config)
 
 
+@pytest.mark.xdist_group("precise")
 def test_the_last_record_is_that_of_the_precise_statistics(plain, precise):
     *before, last_before = read_metrics(plain)
     *after, last = read_metrics(precise)
@@ -347,7 +349,14 @@ def test_the_last_record_is_that_of_the_precise_statistics(plain, precise):
     assert found["top1"] == pytest.approx(last["top1"])
 
 
-@pytest.mark.parametrize("error", [UsageError("data: example 3: broken"), MemoryError()])
+@pytest.mark.xdist_group("precise")
+@pytest.mark.parametrize(
+    "error",
+    [
+        UsageError("data: example 3: broken"),
+        pytest.param(MemoryError(), marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_is_saved_as_it_is_where_they_cannot_be_made(
     train, plain, tmp_path, monkeypatch, capsys, error
 ):
@@ -363,6 +372,7 @@ def test_a_run_is_saved_as_it_is_where_they_cannot_be_made(
     assert read_metrics(tmp_path / "run") == read_metrics(plain)
 
 
+@pytest.mark.xdist_group("precise")
 def test_eval_makes_the_statistics_that_the_end_of_a_run_makes(plain, precise, capsys):
     found = run_evaluation.evaluate(plain, precise_bn=NUM_EXAMPLES)
     lines = capsys.readouterr().err.splitlines()
@@ -378,6 +388,8 @@ def test_eval_makes_the_statistics_that_the_end_of_a_run_makes(plain, precise, c
     assert written == found and written["precise_bn"] == NUM_EXAMPLES
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("precise")
 def test_averages_are_evaluated_with_their_own_statistics(train, tmp_path):
     workdir = tmp_path / "run"
     assert train(workdir, "ema_decay=0.9", EXAMPLES) == 0
@@ -392,6 +404,7 @@ def test_averages_are_evaluated_with_their_own_statistics(train, tmp_path):
     assert (workdir / f"eval_test_{LAST}_ema_precise1437.json").exists()
 
 
+@pytest.mark.xdist_group("precise")
 def test_a_run_says_the_numbers_before_and_after(train, plain, precise, tmp_path, capsys):
     workdir = killed_at_3(precise, tmp_path)
     assert train(workdir, EXAMPLES) == 0
@@ -410,6 +423,7 @@ def killed_at_3(run, tmp_path):
     return workdir
 
 
+@pytest.mark.xdist_group("precise")
 def test_a_finished_run_started_again_says_so(train, precise, capsys):
     assert train(precise, EXAMPLES) == 0
     (line,) = capsys.readouterr().out.splitlines()
@@ -417,12 +431,14 @@ def test_a_finished_run_started_again_says_so(train, precise, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("precise")
 def test_several_updates_a_dispatch_end_alike(train, precise, tmp_path):
     dispatch = "data.on_device=true", "data.steps_per_dispatch=3"
     assert train(tmp_path / "run", EXAMPLES, *dispatch) == 0
     jax.tree.map(close, saved(tmp_path / "run", LAST), saved(precise, LAST))
 
 
+@pytest.mark.xdist_group("precise")
 def test_a_signal_while_they_are_recomputed_waits_for_them(
     train, precise, tmp_path, monkeypatch, capsys
 ):
@@ -443,6 +459,7 @@ def test_a_signal_while_they_are_recomputed_waits_for_them(
     assert_same_run(workdir, precise)
 
 
+@pytest.mark.xdist_group("precise")
 def test_runs_with_another_number_of_examples_are_not_mixed(train, precise):
     with pytest.raises(UsageError, match=r"config\.precise_bn_examples was 1437 and is"):
         train(precise, "precise_bn_examples=100")

@@ -195,7 +195,11 @@ def evaluate(workdirs, tmp_path):
 @pytest.mark.parametrize("name", PROTOCOLS)
 @pytest.mark.parametrize(
     ("num_devices", "batch_size"),
-    [(1, 3), pytest.param(2, 8, marks=pytest.mark.slow), (4, 50)],
+    [
+        pytest.param(1, 3, marks=pytest.mark.slow),
+        pytest.param(2, 8, marks=pytest.mark.slow),
+        (4, 50),
+    ],
 )
 def test_each_example_counts_once_for_any_minibatch_and_devices(
     name, num_devices, batch_size, on_devices, evaluate, expected, tmp_path
@@ -247,7 +251,12 @@ def test_folded_and_plain_numbers_are_the_same_in_files_of_their_own(evaluate, t
 
 @pytest.mark.parametrize(
     ("options", "name"),
-    [({}, "eval_test_0"), ({"scales": [28, 40]}, "eval_test_0_scales28-40")],
+    [
+        ({}, "eval_test_0"),
+        pytest.param(
+            {"scales": [28, 40]}, "eval_test_0_scales28-40", marks=pytest.mark.slow
+        ),
+    ],
 )
 def test_details_are_written_beside_the_numbers(options, name, evaluate, tmp_path):
     result = evaluate("a", details=True, **options)
@@ -269,7 +278,10 @@ def test_details_that_cannot_be_written_are_told(evaluate, workdirs, tmp_path, c
     assert "--details" in line and "eval_test_0 cannot be written" in line
 
 
-@pytest.mark.parametrize("options", [{}, {"crops": 10}, {"scales": [28, 40]}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, pytest.param({"crops": 10}, marks=pytest.mark.slow), {"scales": [28, 40]}],
+)
 def test_damaged_examples_are_left_out_of_all_protocols(options, tmp_path, capsys):
     folder = tmp_path / "images"
     for i in range(6):

@@ -103,7 +103,7 @@ def written_out_update(model, batch, groups=1, smoothing=0.0):
     "num_devices, group, microbatch, scale, smoothing",
     [
         (2, 4, 4, None, 0.0),
-        (2, 4, 4, None, 0.3),
+        pytest.param(2, 4, 4, None, 0.3, marks=pytest.mark.slow),
         pytest.param(1, 0, 0, None, 0.0, marks=pytest.mark.slow),
         pytest.param(4, 8, 0, 2.0**10, 0.0, marks=pytest.mark.slow),
         pytest.param(2, 4, 4, 2.0**10, 0.1, marks=pytest.mark.slow),
@@ -243,7 +243,9 @@ def test_updates_of_one_program_follow_one_another_as_in_a_plain_loop(num_steps,
 # --- averages of the weights --------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_devices, decay", [(1, 0.3), (2, 0.99)])
+@pytest.mark.parametrize(
+    "num_devices, decay", [pytest.param(1, 0.3, marks=pytest.mark.slow), (2, 0.99)]
+)
 def test_averages_follow_their_recursion_over_the_weights_of_each_update(
     num_devices, decay
 ):
@@ -299,7 +301,7 @@ def trained_variables(model):
     "num_devices, freeze_at, preactivation, dtype",
     [
         (2, 2, False, jnp.float32),
-        (1, 3, True, jnp.float32),
+        pytest.param(1, 3, True, jnp.float32, marks=pytest.mark.slow),
         pytest.param(3, 1, False, jnp.float32, marks=pytest.mark.slow),
         pytest.param(2, 2, True, jnp.float16, marks=pytest.mark.slow),
     ],
