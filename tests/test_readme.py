@@ -9,14 +9,15 @@ import sys
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, random_variables
 
 import figures
 import resjax
 from figures import gallery, lesion
+from resjax import build, convert, report, sweep
 from resjax import config as configs
-from resjax import report, sweep
 from resjax.comparisons import COMPARISONS
+from resjax.config import ModelKwargs
 
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
@@ -64,11 +65,23 @@ def test_the_weights_recipe_runs(tmp_path, monkeypatch):
     hub = SimpleNamespace(hf_hub_download=lambda repository, file: path)
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     scope = {}
-    exec(blocks("python")[3], scope)
+    exec(blocks("python")[4], scope)
     assert scope["logits"].shape == (1, 1000)
     shapes = jax.eval_shape(scope["model"].apply, scope["variables"], scope["images"])
     assert shapes.shape == (1, 10)
     assert list(scope["stages"]) == ["stage1", "stage2", "stage3", "stage4"]
+
+
+def test_the_recipes_of_a_notebook_run(tmp_path, monkeypatch):
+    config = configs.load_config(ROOT / "configs" / "digits.py")
+    config = dataclasses.replace(config, model_kwargs=ModelKwargs(stage_sizes=(1, 1, 1)))
+    variables = random_variables(build.build_model(config))
+    convert.write_checkpoint(tmp_path / "runs" / "digits", variables, config)
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    exec(blocks("python")[2] + blocks("python")[3], scope)
+    assert scope["probabilities"].shape == (2, 10)
+    assert scope["maps"].shape == (2, 2, 2) and scope["pixels"].shape == (2, 8, 8)
 
 
 @pytest.mark.slow
