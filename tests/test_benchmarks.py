@@ -62,6 +62,7 @@ def test_what_a_user_gets_wrong_is_one_line(name, words, said):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_contenders_take_turns(tmp_path):
     path = tmp_path / "times.json"
     words = ["--models", "cifar_resnet20", "--batch_size=4", "--image_size=16"]

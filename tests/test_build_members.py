@@ -51,7 +51,7 @@ def test_the_number_of_devices_changes_no_number(monkeypatch):
         states = members.init_states()
         for step in range(3):
             states, sums = members.train_step(states, step)
-        tests = members.evaluate(states)
+        tests = members.evaluate(states.variables)
         results.append(jax.device_get((states, sums, tests)))
     for a, b in zip(*map(jax.tree.leaves, results), strict=True):
         assert len(a) == 3 and len(b) == 4

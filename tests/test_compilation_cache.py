@@ -252,7 +252,8 @@ def rows_of(workdir):
 
 
 @pytest.mark.parametrize(
-    "runner", ["pmap", pytest.param("shard_map", marks=pytest.mark.slow)]
+    "runner",
+    ["pmap", pytest.param("shard_map", marks=(pytest.mark.slow, pytest.mark.long))],
 )
 def test_a_run_of_kept_programs_is_bitwise_the_one_that_compiled(
     runner, command, tiny_config, tmp_path

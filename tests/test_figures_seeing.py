@@ -32,7 +32,8 @@ SMALL = {
 
 
 @pytest.fixture(
-    scope="module", params=["digits", pytest.param("imagenet", marks=pytest.mark.slow)]
+    scope="module",
+    params=["digits", pytest.param("imagenet", marks=(pytest.mark.slow, pytest.mark.long))],
 )
 def run(request, tmp_path_factory):
     """A workdir of a net with random weights, and it restored: (workdir, run)."""
@@ -152,6 +153,7 @@ def test_every_part_of_the_page_is_drawn(page):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_command_writes_the_page(digits_run, command, pictures, tmp_path):
     out = tmp_path / "page.png"
     done = command(

@@ -389,6 +389,7 @@ def test_eval_makes_the_statistics_that_the_end_of_a_run_makes(plain, precise, c
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.xdist_group("precise")
 def test_averages_are_evaluated_with_their_own_statistics(train, tmp_path):
     workdir = tmp_path / "run"
@@ -466,6 +467,7 @@ def test_runs_with_another_number_of_examples_are_not_mixed(train, precise):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.xdist_group("topology")
 def test_two_hosts_find_what_one_does(two_hosts, command, tiny_config, tmp_path):
     words = f"--config={tiny_config}", "--config.batch_size=64", "--config.num_epochs=0.2"

@@ -158,6 +158,7 @@ def test_the_curves_that_are_drawn_are_the_means():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_transfer_of_digits(tmp_path, capsys):
     """The whole figure with a tiny net, one number of images, two draws, two rates."""
     output = tmp_path / "out"
@@ -197,7 +198,7 @@ def test_transfer_of_digits(tmp_path, capsys):
     run = resjax.restore(output / "old_digits_run")
     rest = transfer.probe_curve(run, output / "new_digits", [5], [0, 1])
     assert [row["top1"] for row in rest] == [top1["probe", "5", seed] for seed in "01"]
-    both = [resjax.restore(p) for p in output.glob("*/runs/*seed=0,rate=*")]
+    both = [resjax.restore(p) for p in output.glob("*/runs_*/*seed=0,rate=*")]
     one, other = (configs.flatten(run.config) for run in both)
     changed = {name for name in one if one[name] != other[name]}
     assert changed <= {"init_from", "lr_per_256"} and "init_from" in changed
