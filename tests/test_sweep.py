@@ -285,6 +285,7 @@ def test_a_workdir_of_another_config_is_left_alone(swept):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_sweep_that_is_stopped_saves_and_goes_on_bitwise_with_more_seeds(
     swept, spawn, command, tmp_path
 ):

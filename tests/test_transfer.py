@@ -282,6 +282,7 @@ def write_photos(root):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_photos_are_fine_tuned_evaluated_and_restored(command, tmp_path):
     """The commands of the config's docstring, with a small net of the same kind."""
     photos = write_photos(tmp_path / "photos")
