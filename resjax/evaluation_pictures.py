@@ -42,14 +42,11 @@ def write_details(
     predicted = evaluation.best_classes(predictions)
     per_class = evaluation.per_class(labels, predicted, count)
     matrix = evaluation.confusion_matrix(labels, predicted, count)
-    bins = evaluation.calibration_bins(
-        evaluation.confidences(predictions), predicted == labels
-    )
+    confidences, correct = evaluation.confidences(predictions), predicted == labels
+    bins = evaluation.calibration_bins(confidences, correct)
     folder.mkdir(parents=True, exist_ok=True)
     worst = f"{title}\nthe worst mistakes; in red what they were taken for"
-    error = 100 * evaluation.calibration_error(
-        evaluation.confidences(predictions), predicted == labels
-    )
+    error = 100 * evaluation.calibration_error(confidences, correct)
     files = {
         "classes.csv": format_classes(class_names, *per_class).encode(),
         "confusion.png": draw_confusion(matrix, class_names, title),

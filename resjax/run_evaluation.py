@@ -93,17 +93,7 @@ def evaluate(
     predictions = _build(members, split, batch_size, protocol)
     before: dict[str, Any] = {}
     if precise_bn:
-        recompute = [_build_precise_bn(m.config, m.model, precise_bn) for m in members]
-        mean, _, _ = _predict(members, predictions)
-        before = _chosen(evaluation.summarize(mean), "top1", "top5", "loss")
-        _say(
-            f"running statistics: loss {before['loss']:.4f} top-1 {before['top1']:.2f} %; "
-            f"recomputing them over {precise_bn:,} training examples"
-        )
-        members = [
-            dataclasses.replace(m, variables=new(parallel.replicate(m.variables)))
-            for m, new in zip(members, recompute, strict=True)
-        ]
+        members, before = _recompute(members, predictions, precise_bn)
     if fold_batch_norm:
         members = [_fold(member) for member in members]
         sizes = predictions[0].sizes
@@ -239,15 +229,12 @@ def _check_together(members: Sequence[_Member], other: _Member) -> None:
             f"--workdir: {other.path} has {len(theirs)} classes, and {first.path} "
             f"{len(ours)}; an ensemble needs the same"
         )
-    unnamed = [str(i) for i in range(len(ours))]
-    different = [
-        i for i, pair in enumerate(zip(ours, theirs, strict=True)) if len({*pair}) > 1
-    ]
-    if different and unnamed not in (ours, theirs):
-        i = different[0]
+    different = build.other_class(theirs, ours)
+    if different and build.other_class(ours, theirs):  # the names of both are known
+        index, name, before = different
         raise UsageError(
-            f"--workdir: class {i} of {other.path} is {theirs[i]!r}, and of {first.path} "
-            f"{ours[i]!r}; an ensemble needs the same"
+            f"--workdir: class {index} of {other.path} is {name!r}, and of {first.path} "
+            f"{before!r}; an ensemble needs the same"
         )
 
 
@@ -321,6 +308,25 @@ def _suffix(result: dict[str, Any], others: Sequence[_Member]) -> str:
         f"_with_{names}" if others else "",
     ]
     return "".join(parts)
+
+
+def _recompute(
+    members: Sequence[_Member], predictions: Sequence[Prediction], num_examples: int
+) -> tuple[list[_Member], dict[str, float]]:
+    """The members with precise statistics, and what all said together before."""
+    # First what may be refused, then what takes long.
+    recompute = [_build_precise_bn(m.config, m.model, num_examples) for m in members]
+    mean, _, _ = _predict(members, predictions)
+    before = _chosen(evaluation.summarize(mean), "top1", "top5", "loss")
+    _say(
+        f"running statistics: loss {before['loss']:.4f} top-1 {before['top1']:.2f} %; "
+        f"recomputing them over {num_examples:,} training examples"
+    )
+    refined = [
+        dataclasses.replace(m, variables=new(parallel.replicate(m.variables)))
+        for m, new in zip(members, recompute, strict=True)
+    ]
+    return refined, before
 
 
 def _write_details(

@@ -174,7 +174,7 @@ def _init_from(path: str, run: build.Run) -> tuple[TrainState, str]:
         head = {name: own[name] for name in own if name.startswith("params/head/")}
         is_new = any(
             name in arrays and arrays[name].shape != head[name].shape for name in head
-        ) or build.other_class(run.record["class_names"], given.record["class_names"])
+        ) or bool(build.other_class(run.record["class_names"], given.record["class_names"]))
         arrays = arrays | head if is_new else arrays
         variables = checkpoint.to_tree(arrays, state.variables, given.path)
     except UsageError as error:
