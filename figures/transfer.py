@@ -33,7 +33,7 @@ import figures
 import resjax
 from figures import transfer_nets as nets
 from figures.transfer_nets import Row
-from resjax import checkpoint, records, report, training
+from resjax import checkpoint, records, report, workdirs
 from resjax import config as configs
 from resjax.analysis import probe
 from resjax.comparisons import outcome
@@ -258,7 +258,7 @@ def main(arguments: list[str]) -> int:
     configs.override(configs.load_config(nets.DIGITS), words)  # finds a wrong one at once
     use_compilation_cache()
     output, train_at = flags.output, flags.train_at
-    training.make_workdir(checkpoint.to_path(output, "--output"))
+    workdirs.make_workdir(checkpoint.to_path(output, "--output"))
     if flags.workdir:
         origin, data_dir = Path(flags.workdir), Path(flags.data_dir)
         title = f"{flags.data_dir}, from {flags.workdir}"

@@ -38,6 +38,7 @@ from resjax import (
     report,
     signals,
     training,
+    workdirs,
 )
 from resjax import config as configs
 from resjax.analysis.sweeps import Segment, train_members
@@ -226,8 +227,8 @@ def _train_alone(member: Member, stop: signals.StopSignals) -> int:
 
 def _is_finished(member: Member) -> bool:
     """Whether the run was evaluated after its last update, and saved unless it diverged."""
-    latest, _ = training.check_workdir(member.workdir, member.config)
-    if latest and training.is_finished(member.workdir, latest):
+    latest, _ = workdirs.check_workdir(member.workdir, member.config)
+    if latest and workdirs.is_finished(member.workdir, latest):
         return True
     if not (member.workdir / "config.json").exists():
         return False
@@ -303,7 +304,7 @@ class _Start:
 
 def _start(member: Member) -> _Start:
     """Raises `UsageError` if the workdir holds something else, or only what is damaged."""
-    latest, damaged = training.check_workdir(member.workdir, member.config)
+    latest, damaged = workdirs.check_workdir(member.workdir, member.config)
     step = latest.step if latest else 0
     losses = {row["step"]: row["loss"] for row in records.read_evaluations(member.workdir)}
     # Of a run that diverged there are evaluations alone.
@@ -323,7 +324,7 @@ def _open_workdirs(
         if start.latest:
             build.check_data(record, start.latest.record)
     for member in group:
-        training.make_workdir(member.workdir)
+        workdirs.make_workdir(member.workdir)
         stack.enter_context(records.lock(member.workdir))
     now = [checkpoint.list_steps(member.workdir) for member in group]
     if now != steps or len({(start.step, start.is_evaluated) for start in starts}) > 1:
@@ -332,8 +333,8 @@ def _open_workdirs(
             "same command goes on there"
         )
     for member, start in zip(group, starts, strict=True):
-        training.write_config(member.workdir, member.config)
-        training.put_aside(member.workdir, start.damaged)
+        workdirs.write_config(member.workdir, member.config)
+        workdirs.put_aside(member.workdir, start.damaged)
     return starts
 
 

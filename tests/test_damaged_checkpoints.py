@@ -14,7 +14,7 @@ from etils import epath
 from test_resume import NUM_STEPS, assert_same_run
 
 import resjax
-from resjax import checkpoint, checkpoint_writer, run_evaluation, training
+from resjax import checkpoint, checkpoint_writer, run_evaluation, training, workdirs
 from resjax import config as configs
 from resjax.checkpoint import DamagedError
 from resjax.config import UsageError
@@ -355,7 +355,7 @@ def test_a_step_may_be_put_aside_twice(workdir, capsys):
     for content in (b"first", b"second"):
         path.mkdir(exist_ok=True)
         (path / "mark").write_bytes(content)
-        training.put_aside(workdir, {3: DamagedError(f"{path} is damaged: so")})
+        workdirs.put_aside(workdir, {3: DamagedError(f"{path} is damaged: so")})
         assert checkpoint.list_steps(workdir) == [1, 2]
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith(f"warning: {path} is damaged: so")

@@ -30,6 +30,7 @@ ORDER = [
     "convert",
     "report",
     "training",
+    "workdirs",
     "build",
     "build_data",
     "compilation_cache",
@@ -111,6 +112,14 @@ def test_order_lists_no_module_that_is_gone():
 def test_every_module_has_its_test(name):
     *folders, last = name.split(".")
     assert ROOT.joinpath("tests", *folders, f"test_{last}.py").exists()
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_every_module_is_in_the_table_of_contributors(name):
+    *folders, last = name.split(".")
+    table = (ROOT / "CONTRIBUTING.md").read_text()
+    named = f"`resjax/{folders[0]}/`" if folders else f"{last}.py`"
+    assert named in table, f"CONTRIBUTING.md does not say where {name} belongs"
 
 
 def test_exported_names():

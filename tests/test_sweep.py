@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, saved
 
 import resjax
-from resjax import build, checkpoint, sweep, training
+from resjax import build, checkpoint, sweep, training, workdirs
 from resjax.config import Config, RunError, UsageError
 
 # One worker runs all that share `swept`.
@@ -240,7 +240,7 @@ def test_a_sweep_does_not_go_on_with_other_data(half_done, monkeypatch):
 
 
 def test_a_sweep_does_not_go_on_where_another_has_just_written(half_done, monkeypatch):
-    make_workdir = training.make_workdir
+    make_workdir = workdirs.make_workdir
 
     def beside_another(workdir):
         steps = workdir / "checkpoints"
@@ -248,7 +248,7 @@ def test_a_sweep_does_not_go_on_where_another_has_just_written(half_done, monkey
         shutil.copytree(steps / str(last), steps / str(last + 1))
         make_workdir(workdir)
 
-    monkeypatch.setattr(training, "make_workdir", beside_another)
+    monkeypatch.setattr(workdirs, "make_workdir", beside_another)
     with pytest.raises(UsageError, match="another run has just written"):
         sweep.main(half_done)
 
