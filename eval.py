@@ -16,7 +16,8 @@ from resjax.compilation_cache import use_compilation_cache
 _HELP = {
     "workdir": "of the run; given several times, the softmax of the runs is averaged",
     "step": "checkpoint; the latest (default), or that which evaluated best in training",
-    "batch_size": "images of the training's size at a time (default: as in training)",
+    "batch_size": "images of the training's size at a time (default: as in training, but a "
+    "device takes no more than config.microbatch, or 256)",
     "fold_batch_norm": "fold batch norm into the convolutions: the same but for rounding",
     "crops": "10: average over four corners, the middle and their mirror images",
     "scales": "whole images with shorter sides of so many pixels, densely; averaged",

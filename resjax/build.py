@@ -34,6 +34,7 @@ from resjax.models.resnet import create_model, frozen_layers
 from resjax.steps import Batch, TrainState
 
 _INT32 = 2**31  # steps and positions are int32
+_EVAL_SHARE = 256  # examples of an evaluation that a device takes at a time
 _PRECISE_GROUP = 256  # examples of a group, at most (of the last, less than twice as many)
 
 
@@ -340,6 +341,15 @@ def build_state(
     )
 
 
+def eval_batch_size(config: Config, num_devices: int) -> int:
+    """Examples of an evaluation at a time where nobody says how many.
+
+    A run may be evaluated by fewer devices than have trained it: each takes no more than a
+    backward pass, or than `_EVAL_SHARE`.
+    """
+    return min(config.batch_size, num_devices * (config.microbatch or _EVAL_SHARE))
+
+
 def build_evaluation(
     config: Config,
     split: str,
@@ -404,10 +414,15 @@ def build_precise_bn(
       {"params", "batch_stats"} -> the same with new statistics; both replicated.
 
     Raises:
-      UsageError: fewer than two examples, or a model without batch norm.
+      UsageError: fewer than two examples, frozen layers, or a model without batch norm.
     """
     if num_examples < 2:
         raise UsageError(f"precise batch norm: {num_examples} examples are not 2 or more")
+    if config.freeze_at:
+        raise UsageError(
+            f"precise batch norm: the run has config.freeze_at={config.freeze_at}, and the "
+            "statistics of frozen layers stay as they are"
+        )
     augment, _ = build_data.build_transforms(config)
     step = precise_bn.make_group_step(model, augment)
     group = describe_model(config)["virtual_batch_size"]
@@ -514,7 +529,7 @@ def build_run(config: Config) -> Run:
     on_device = build_data.build_on_device(config, len(source))
     steps_per_dispatch = build_data.build_steps_per_dispatch(config, on_device)
     eval_step, eval_batches = build_evaluation(
-        config, "test", config.batch_size, keep=on_device
+        config, "test", eval_batch_size(config, jax.device_count()), keep=on_device
     )
 
     def init_state() -> TrainState:

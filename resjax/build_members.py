@@ -252,6 +252,7 @@ def _build_evaluate(
     eval_step = steps.make_eval_step(model, prepare)
     run = parallel.run_members(lambda own, _, batch: eval_step(own, batch), mesh)
     reader = build_data.build_reader(config, source)
-    read = pipeline.eval_batches(reader, batch_size=config.batch_size, num_shards=1)
+    batch_size = build.eval_batch_size(config, 1)
+    read = pipeline.eval_batches(reader, batch_size=batch_size, num_shards=1)
     batches: list[Batch] = [jax.device_put(b, NamedSharding(mesh, P())) for b in read]
     return lambda variables: [run(variables, {}, batch) for batch in batches]

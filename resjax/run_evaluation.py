@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import jax
 from etils import epath
 from flax import linen as nn
 
@@ -54,7 +55,7 @@ def evaluate(
       step: of the checkpoint; None = the latest; "best" = that which evaluated best.
       split: "train" or "test".
       batch_size: images of the size of the training at a time, of larger ones fewer; None =
-        as many as a minibatch of the training.
+        see `build.eval_batch_size`.
       data_dir: where the data is; None = as in the training (of the first run).
       fold_batch_norm: evaluate the net of `resjax.fold_batch_norm`, the same to rounding.
       crops: 1 = the crop in the middle; 10 = corners, middle and their mirror images.
@@ -251,7 +252,7 @@ def _build(
         prediction = build_prediction(
             member.config,
             split,
-            batch_size or member.config.batch_size,
+            batch_size or build.eval_batch_size(member.config, jax.device_count()),
             member.model,
             protocol,
             member.class_names,
@@ -360,7 +361,8 @@ def with_precise_bn(
       {"params", "batch_stats"}, replicated.
 
     Raises:
-      UsageError: fewer than two examples, no data, or a model without batch norm.
+      UsageError: fewer than two examples, no data, frozen layers, or a model without
+        batch norm.
     """
     recompute = _build_precise_bn(config, model, num_examples)
     return recompute(parallel.replicate(variables))

@@ -5,6 +5,7 @@ import dataclasses
 import math
 import signal
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -74,7 +75,9 @@ def _train(config: Config, workdir: epath.Path, stop: signals.StopSignals) -> bo
     """Whether the run is finished, and was not stopped before."""
     workdirs.check_agreement(config, workdir)
     latest, damaged = workdirs.check_workdir(workdir, config)
-    if not hosts.is_same(latest.step if latest else -1):
+    evaluated = records.read_evaluations(workdir, latest.step) if latest else None
+    found = repr((latest and latest.step, evaluated))
+    if not hosts.is_same(zlib.crc32(found.encode())):
         raise workdirs.other_workdir(workdir)
     if latest and workdirs.is_finished(workdir, latest):
         records.say(
@@ -103,6 +106,10 @@ def _train(config: Config, workdir: epath.Path, stop: signals.StopSignals) -> bo
         except UsageError:  # of the data: the same one line as before the run
             raise
         except (FloatingPointError, OSError, ValueError) as error:
+            raise _failure(error, workdir) from error
+        except jax.errors.JaxRuntimeError as error:  # several processes: `hosts` tells it
+            if jax.process_count() > 1 or "RESOURCE_EXHAUSTED" not in str(error):
+                raise
             raise _failure(error, workdir) from error
 
 
@@ -505,4 +512,6 @@ def _failure(error: Exception, workdir: epath.Path) -> RunError:
             "; a lower --config.lr_per_256, a longer --config.warmup_epochs or another "
             "--config.init may help (in a new --workdir)"
         )
+    elif isinstance(error, jax.errors.JaxRuntimeError):
+        line += "; --config.microbatch and --config.model_kwargs.remat save memory"
     return RunError(line)

@@ -100,6 +100,35 @@ def test_a_minibatch_that_fits_is_accepted(group, microbatch, devices):
     build.check_devices(config, devices)
 
 
+@pytest.mark.parametrize(
+    "batch, microbatch, devices, expected",
+    [
+        (8192, 32, 1, 32),
+        (8192, 32, 8, 256),
+        (8192, 0, 1, 256),
+        (8192, 0, 64, 8192),
+        (128, 64, 8, 128),
+        (128, 0, 1, 128),
+    ],
+)
+def test_an_evaluation_gives_a_device_no_more_than_it_holds(
+    batch, microbatch, devices, expected
+):
+    config = dataclasses.replace(Config(), batch_size=batch, microbatch=microbatch)
+    assert build.eval_batch_size(config, devices) == expected
+
+
+@pytest.mark.parametrize("on_device", [True, False])
+def test_a_run_evaluates_in_parts_no_larger_than_its_backward_pass(on_device):
+    config = dataclasses.replace(Config(), microbatch=4, norm=NormConfig(4), num_epochs=0)
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, on_device=on_device)
+    )
+    batches = list(build.build_run(config).eval_batches())
+    assert {batch["image"].shape[:2] for batch in batches} == {(8, 4)}  # [devices, n, ...]
+    assert sum(int(batch["mask"].sum()) for batch in batches) == 360
+
+
 def test_groups_of_the_whole_minibatch_are_the_whole_minibatch():
     config = dataclasses.replace(Config(), norm=NormConfig(128))
     norm = build.build_model(config, axis_name="devices").norm

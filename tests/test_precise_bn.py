@@ -261,6 +261,9 @@ def test_what_has_no_statistics_is_refused_in_a_line():
         run_evaluation.with_precise_bn(plain, model, {}, 128)
     with pytest.raises(UsageError, match="model: Dense is no model of create_model"):
         run_evaluation.with_precise_bn(config, nn.Dense(2), {}, 128)
+    frozen = dataclasses.replace(config, freeze_at=1)
+    with pytest.raises(UsageError, match=r"precise batch norm: .* config\.freeze_at=1"):
+        run_evaluation.with_precise_bn(frozen, build.build_model(config), {}, 128)
     with pytest.raises(UsageError, match="1 examples are not 2 or more"):
         run_evaluation.with_precise_bn(config, build.build_model(config), {}, 1)
     with pytest.raises(UsageError, match=r"config\.precise_bn_examples: 9, .*kind=none"):

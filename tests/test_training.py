@@ -1,5 +1,6 @@
 """train.py: what a run prints and leaves, how it ends, and that devices do not matter."""
 
+import dataclasses
 import json
 import math
 import re
@@ -12,8 +13,9 @@ import numpy as np
 import pytest
 from conftest import ROOT, saved
 
+from resjax import build, training
 from resjax import config as configs
-from resjax import training
+from resjax.config import RunError
 
 # One worker runs all that share `digits_run`.
 pytestmark = pytest.mark.xdist_group("runs")
@@ -244,6 +246,26 @@ def test_a_loss_that_is_not_finite_ends_the_run(command, tiny_config, tmp_path):
 
 
 # --- devices ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("told", ["RESOURCE_EXHAUSTED: Out of memory", "INTERNAL: a bug"])
+def test_too_little_memory_ends_the_run_in_a_line_and_a_bug_in_a_traceback(
+    told, tiny, monkeypatch, tmp_path
+):
+    def fail(state, batch):
+        raise jax.errors.JaxRuntimeError(told)
+
+    def build_run(config, build_run=build.build_run):
+        return dataclasses.replace(build_run(config), train_step=fail)
+
+    monkeypatch.setattr(build, "build_run", build_run)
+    expected = RunError if "memory" in told else jax.errors.JaxRuntimeError
+    with pytest.raises(expected) as caught:
+        tiny(tmp_path, 2)
+    if expected is RunError:
+        line = str(caught.value)
+        assert told in line and "nothing was saved yet" in line
+        assert "--config.microbatch" in line and "\n" not in line
 
 
 def train_on(command, workdir, devices, parallel, *flags, script="train.py"):

@@ -14,7 +14,7 @@ from jax import lax
 
 from resjax.analysis.seeing import pixel_stride
 from resjax.config import UsageError
-from resjax.models.resnet import ResNet
+from resjax.models.resnet import ResNet, check_images
 
 Variables = dict[str, Any]
 
@@ -170,6 +170,7 @@ def check_classifier(model: ResNet) -> int:
 
 
 def _classes(model: ResNet, images: jax.Array | np.ndarray, classes: Any) -> np.ndarray:
+    check_images(images)
     return check_units("classes", classes, check_classifier(model), len(images))
 
 

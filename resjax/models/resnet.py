@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import lax
 
@@ -149,6 +150,15 @@ _POLICIES = {
 }
 
 
+def check_images(images: jax.Array | np.ndarray) -> None:
+    """Raises `UsageError` if images are whole numbers, pixels that nobody normalised."""
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise UsageError(
+            f"images: {images.dtype} is no float; a net takes normalised images, such as "
+            "`preprocess` of a restored run makes of pixels"
+        )
+
+
 class ResNet(nn.Module):
     """Stem, stages of residual blocks, global average pooling, a linear classifier.
 
@@ -210,7 +220,7 @@ class ResNet(nn.Module):
         """Logits of a batch of normalised images.
 
         Args:
-          x: [B, H, W, 3], any size.
+          x: [B, H, W, 3] float, any size.
           train: normalise with the batch's statistics. With `stochastic_depth`, `apply`
             needs rngs={"dropout": key}.
           update_stats: move the running statistics; None = as `train`. With True,
@@ -225,8 +235,10 @@ class ResNet(nn.Module):
           With `return_stages`, (that, {"stage1": [B, H/4, W/4, D1], ...}).
 
         Raises:
-          UsageError: `freeze_at` is more than the net has layers for.
+          UsageError: the images are whole numbers, so not normalised, or `freeze_at` is
+            more than the net has layers for.
         """
+        check_images(x)
         frozen = frozen_layers(self, freeze_at)
 
         def run(name: str, layer: Any, x: jax.Array) -> jax.Array:

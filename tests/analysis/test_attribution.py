@@ -184,6 +184,8 @@ def test_wrong_classes_are_named(find):
     ]:
         with pytest.raises(UsageError, match=told):
             find(model, variables, images, classes, *more)
+    with pytest.raises(UsageError, match="images: uint8 is no float"):
+        find(model, variables, images.astype(np.uint8), 0, *more)
     headless = model.clone(num_classes=0)
     with pytest.raises(UsageError, match="num_classes=0"):
         find(headless, variables, images, 0, *more)

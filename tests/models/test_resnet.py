@@ -701,6 +701,16 @@ def test_create_model_names_what_is_wrong_and_what_is_allowed(name, options, par
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, bool])
+def test_pixels_that_nobody_normalised_are_refused(dtype):
+    model = resjax.create_model("cifar_resnet20", stage_sizes=(1,), width=4)
+    variables = resjax.init(model, jax.random.key(0))
+    images = np.ones((2, 8, 8, 3), dtype)
+    with pytest.raises(UsageError, match=f"images: {np.dtype(dtype)} is no float"):
+        model.apply(variables, images, train=False)
+    model.apply(variables, images.astype(np.float64), train=False)
+
+
 if __name__ == "__main__":
     for name in GOLDEN_MODELS:
         (GOLDEN / f"{name}.json").write_text(json.dumps(tree(name), indent=1) + "\n")
