@@ -8,7 +8,8 @@ python -c "import resjax; from PIL import Image; \
     run = resjax.restore('runs/finetune_folder', 'best'); \
     print(run.class_names[run.predict(Image.open('photo.jpg')).argmax()])"
 
-N is the number of folders; the README says where weights come from. Any run of the same
+N is the number of folders; resnet50.safetensors is model.safetensors of
+https://huggingface.co/timm/resnet50.tv_in1k, as the README says. Any run of the same
 model can be started from, with --config.init_from=WORKDIR. Change first lr_per_256 (a
 third, three times), then num_epochs. Of thousands of images, freeze_at=0 may be better; of
 few, what the features are worth without training tells `python -m figures.transfer

@@ -11,6 +11,7 @@ import difflib
 import math
 import runpy
 import sys
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Iterable
@@ -42,24 +43,29 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
 # --- fields -------------------------------------------------------------------------
 
 RematPolicy = Literal["none", "blocks", "convs"]
+RecipeName = Literal["none", "shift", "cifar", "goyal", "resnet", "fb_resnet_torch"]
 
 
-def _bounded(default: Any, allowed: str, check: Callable[[Any], bool]) -> Any:
-    """A dataclass field whose number (or each of whose numbers) must pass `check`."""
-    metadata = {"allowed": allowed, "check": check}
-    return dataclasses.field(default=default, metadata=metadata)
+def _field(default: Any, about: str, **more: Any) -> Any:
+    """A dataclass field, with what it means in a line of a help text."""
+    return dataclasses.field(default=default, metadata={"about": about, **more})
 
 
-def _positive(default: Any) -> Any:
-    return _bounded(default, "greater than 0", lambda value: value > 0)
+def _bounded(default: Any, about: str, allowed: str, check: Callable[[Any], bool]) -> Any:
+    """A field whose number (or each of whose numbers) must pass `check`."""
+    return _field(default, about, allowed=allowed, check=check)
 
 
-def _not_negative(default: Any) -> Any:
-    return _bounded(default, "0 or more", lambda value: value >= 0)
+def _positive(default: Any, about: str) -> Any:
+    return _bounded(default, about, "greater than 0", lambda value: value > 0)
 
 
-def _fraction(default: Any) -> Any:
-    return _bounded(default, "at least 0 and below 1", lambda value: 0 <= value < 1)
+def _not_negative(default: Any, about: str) -> Any:
+    return _bounded(default, about, "0 or more", lambda value: value >= 0)
+
+
+def _fraction(default: Any, about: str) -> Any:
+    return _bounded(default, about, "at least 0 and below 1", lambda value: 0 <= value < 1)
 
 
 def remat_policy(value: Any) -> Any:
@@ -73,14 +79,17 @@ def remat_policy(value: Any) -> Any:
 class ModelKwargs:
     """Options of the model; None keeps what its name stands for."""
 
-    stage_sizes: tuple[int, ...] | None = _positive(None)  # blocks of each stage
-    width: int | None = _positive(None)  # channels of the first stage
-    shortcut: Literal["A", "B", "C", "none"] | None = None
-    stochastic_depth: float | None = _fraction(None)  # chance to drop the last branch
-    # What is kept for the backward pass, the rest being computed twice: all, what blocks
-    # take, or what convolutions put out.
-    remat: RematPolicy = dataclasses.field(
-        default="none", metadata={"earlier": remat_policy}
+    stage_sizes: tuple[int, ...] | None = _positive(None, "blocks of each stage")
+    width: int | None = _positive(None, "channels of the first stage")
+    shortcut: Literal["A", "B", "C", "none"] | None = _field(
+        None, "identity with zeros (A), projections where shapes change (B), everywhere (C)"
+    )
+    stochastic_depth: float | None = _fraction(None, "chance to drop the last branch")
+    remat: RematPolicy = _field(
+        "none",
+        "kept for the backward pass, the rest being computed twice: all (none), what "
+        "blocks take, or what convolutions put out",
+        earlier=remat_policy,
     )
 
 
@@ -88,92 +97,130 @@ class ModelKwargs:
 class NormConfig:
     """Batch normalisation."""
 
-    # Consecutive examples that share statistics; 0 = the whole global minibatch.
-    virtual_batch_size: int = _not_negative(0)
-    kind: Literal["batch", "none"] = "batch"  # none: a bias a channel in its place
+    virtual_batch_size: int = _not_negative(
+        0, "consecutive examples that share statistics; 0 = the whole global minibatch"
+    )
+    kind: Literal["batch", "none"] = _field("batch", "none: a bias a channel in its place")
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """The data set and how it is read."""
 
-    name: str = "digits"
-    dir: str | None = None  # None: $TFDS_DATA_DIR, or ~/tensorflow_datasets
-    image_size: int = _positive(8)
-    recipe: str | None = None  # of the training augmentation; None: the data set's own
-    # Damaged examples that a host may leave out of a split; 0 = the run stops at the first.
-    skip_errors: int = _not_negative(0)
-    # The whole data set in the memory of the devices; None: if it is small.
-    on_device: bool | None = None
-    # Updates that one dispatch makes of data on the device; 0 = 1 on a CPU, 8 elsewhere.
-    steps_per_dispatch: int = _not_negative(0)
-    # Processes that decode; 0 = threads of this one; None: one for 8 cores of 16 or more.
-    num_workers: int | None = _not_negative(None)
-    num_threads: int = _not_negative(0)  # decoding threads of each; 0 = one a core
-    prefetch: int = _positive(2)  # batches made ahead
+    name: str = _field("digits", "digits, cifar10, imagenet2012 or folder")
+    dir: str | None = _field(
+        None, "where it is; none = $TFDS_DATA_DIR, or ~/tensorflow_datasets"
+    )
+    image_size: int = _positive(8, "side of the images that the net sees, in pixels")
+    recipe: RecipeName | None = _field(
+        None, "the training augmentation; left out, the data set's own"
+    )
+    skip_errors: int = _not_negative(
+        0, "damaged examples a host may leave out of a split; 0 = stop at the first"
+    )
+    on_device: bool | None = _field(
+        None, "the whole data set in the memory of the devices; none = if it is small"
+    )
+    steps_per_dispatch: int = _not_negative(
+        0, "updates that one dispatch makes of data on the device; 0 = 1 on a CPU, else 8"
+    )
+    num_workers: int | None = _not_negative(
+        None, "processes that decode; 0 = threads of this one; none = by the cores"
+    )
+    num_threads: int = _not_negative(0, "decoding threads of each process; 0 = one a core")
+    prefetch: int = _positive(2, "batches made ahead")
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     """When checkpoints are written and how many are kept."""
 
-    every_steps: int = _not_negative(0)  # 0 = at every evaluation
-    keep: int = _positive(2)  # the latest
-    keep_every_steps: int = _not_negative(0)  # and those of all its multiples; 0 = none
-    # And the best by this number of the test split.
-    best_metric: Literal["top1", "top5", "loss", "none"] = "top1"
+    every_steps: int = _not_negative(0, "between checkpoints; 0 = at every evaluation")
+    keep: int = _positive(2, "so many of the latest are kept")
+    keep_every_steps: int = _not_negative(0, "and those of all multiples of this; 0 = none")
+    best_metric: Literal["top1", "top5", "loss", "none"] = _field(
+        "top1", "and the best, by this number of the test split"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """One run. Holds references (rate per 256 examples, epochs), no derived value."""
 
-    seed: int = _bounded(0, "from 0 to 2**32 - 1", lambda value: 0 <= value < 2**32)
-
-    model: str = "cifar_resnet20"
-    model_kwargs: ModelKwargs = ModelKwargs()
-    num_classes: int = _positive(10)
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the computation
-    init: str = "msra_fan_out"
-    init_from: str | None = (
-        None  # a workdir or checkpoint whose weights the run starts from
+    seed: int = _bounded(
+        0,
+        "of weights, data order and augmentation",
+        "from 0 to 2**32 - 1",
+        lambda value: 0 <= value < 2**32,
     )
-    # 1 keeps the stem of those weights as it is, 2 also the first stage, ..., one more than
-    # there are stages all but the classifier; 0 = nothing.
-    freeze_at: int = _not_negative(0)
+
+    model: str = _field("cifar_resnet20", "such as resnet50; docs/models.md has them all")
+    model_kwargs: ModelKwargs = ModelKwargs()
+    num_classes: int = _positive(10, "of the data set")
+    dtype: Literal["float32", "bfloat16", "float16"] = _field(
+        "float32", "of the computation; parameters and statistics are float32"
+    )
+    init: str = _field(
+        "msra_fan_out",
+        "how weights are drawn: msra_fan_out, msra_fan_in, xavier, xavier_uniform, lecun, "
+        "normal, orthogonal or delta_orthogonal, or one of these with _zero_gamma",
+    )
+    init_from: str | None = _field(
+        None, "a workdir or checkpoint whose weights the run starts from"
+    )
+    freeze_at: int = _not_negative(
+        0,
+        "1 keeps the stem of those weights as it is, 2 also the first stage, ..., one more "
+        "than there are stages all but the classifier; 0 = nothing",
+    )
     norm: NormConfig = NormConfig()
 
-    batch_size: int = _positive(128)  # the global minibatch, kn
-    # Examples of a device in one backward pass, the rest following; 0 = all at once.
-    microbatch: int = _not_negative(0)
-    optimizer: Literal["sgd", "lars"] = "sgd"
-    lr_per_256: float = _positive(0.1)
-    schedule: Literal["step", "cosine"] = "step"
-    warmup: Literal["goyal", "gradual", "constant", "none"] = "goyal"
-    warmup_epochs: float = _not_negative(5.0)
-    warmup_start_lr: float | None = _not_negative(None)  # None: lr_per_256
-    drop_epochs: tuple[float, ...] = _positive((30.0, 60.0, 80.0))
-    num_epochs: float = _positive(90.0)
-    momentum: float = _fraction(0.9)
-    nesterov: bool = True
-    weight_decay: float = _not_negative(1e-4)
-    head_lr_multiplier: float = _positive(1.0)  # of the classifier's learning rate
-    label_smoothing: float = _fraction(0.0)  # of the training loss; evaluation has none
-    # Of the average over updates of the weights, evaluated as "test_ema"; 0 = no average.
-    ema_decay: float = _fraction(0.0)
-    # Training examples over which batch norm's statistics are taken anew after the last
-    # update; 0 = the run ends with its running averages.
+    batch_size: int = _positive(128, "the global minibatch, over all devices")
+    microbatch: int = _not_negative(
+        0, "examples of a device in one backward pass, the rest following; 0 = all at once"
+    )
+    optimizer: Literal["sgd", "lars"] = _field("sgd", "both with momentum")
+    lr_per_256: float = _positive(0.1, "learning rate, times batch_size / 256")
+    schedule: Literal["step", "cosine"] = _field(
+        "step", "a tenth of the rate at drop_epochs, or half a cosine"
+    )
+    warmup: Literal["goyal", "gradual", "constant", "none"] = _field(
+        "goyal", "a rate that grows, or is small; goyal = gradual, of minibatches over 256"
+    )
+    warmup_epochs: float = _not_negative(5.0, "how long it takes")
+    warmup_start_lr: float | None = _not_negative(
+        None, "the rate it starts with; none = lr_per_256"
+    )
+    drop_epochs: tuple[float, ...] = _positive(
+        (30.0, 60.0, 80.0), "when schedule=step divides the rate by ten"
+    )
+    num_epochs: float = _positive(90.0, "passes over the training split")
+    momentum: float = _fraction(0.9, "of the optimizer")
+    nesterov: bool = _field(True, "Nesterov's form of momentum")
+    weight_decay: float = _not_negative(1e-4, "L2, of all but scales and biases of norms")
+    head_lr_multiplier: float = _positive(1.0, "of the classifier's learning rate")
+    label_smoothing: float = _fraction(0.0, "of the training loss; evaluation has none")
+    ema_decay: float = _fraction(
+        0.0,
+        'of the average over updates of the weights, evaluated as "test_ema"; 0 = none',
+    )
     precise_bn_examples: int = _bounded(
-        0, "0 or from 2 to 2**30", lambda value: value == 0 or 2 <= value <= 2**30
+        0,
+        "training examples over which batch norm's statistics are taken anew after the "
+        "last update; 0 = the run ends with its running averages",
+        "0 or from 2 to 2**30",
+        lambda value: value == 0 or 2 <= value <= 2**30,
     )
 
     data: DataConfig = DataConfig()
 
-    eval_every_epochs: float = _positive(1.0)
+    eval_every_epochs: float = _positive(1.0, "between evaluations; the last is always")
     checkpoint: CheckpointConfig = CheckpointConfig()
-    parallel: Literal["pmap", "shard_map"] = "pmap"
-    log_every_steps: int = _positive(20)
-    published_error: str | None = None  # top-1 % of the source, which report.py shows
+    parallel: Literal["pmap", "shard_map"] = _field("pmap", "what runs on all devices")
+    log_every_steps: int = _positive(20, "updates that one line of metrics.jsonl is of")
+    published_error: str | None = _field(
+        None, "top-1 % of the source, which `python -m resjax.report` shows"
+    )
 
 
 # Fields that cannot change the numbers of a run, and so may differ when it resumes.
@@ -411,12 +458,14 @@ def add_cluster_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def fields_help() -> str:
-    """The config fields, their types and defaults, as lines of a help text."""
+    """The config fields, their defaults, types and meanings, as lines of a help text."""
     lines = ["config fields, set with --config.FIELD=VALUE, and their defaults:"]
     for name, field in fields().items():
         allowed = field.metadata.get("allowed")
         what = _describe(field.type) + (f", {allowed}" if allowed else "")
-        lines.append(f"  {name:<24} {field.default!s:<20} {what}")
+        lines.append(f"  {name} = {field.default}")
+        text, indent = f"{field.metadata['about']} ({what})", " " * 6
+        lines += textwrap.wrap(text, 88, initial_indent=indent, subsequent_indent=indent)
     return "\n".join(lines)
 
 

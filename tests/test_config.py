@@ -2,11 +2,15 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 
 from resjax import config as configs
 from resjax.config import Config, DataConfig, NormConfig, UsageError
+from resjax.data.datasets import DATASETS
+from resjax.data.recipes import RECIPES
+from resjax.initializers import SCHEMES
 
 
 def error_of(call, *args):
@@ -24,6 +28,7 @@ def error_of(call, *args):
         ("--config.lr_per_256=1e-3", "lr_per_256", 1e-3),
         ("--config.warmup_start_lr=none", "warmup_start_lr", None),
         ("--config.warmup_start_lr=0.5", "warmup_start_lr", 0.5),
+        ("--config.data.recipe=none", "data.recipe", "none"),  # no augmentation
         ("--config.nesterov=false", "nesterov", False),
         ("--config.nesterov=True", "nesterov", True),
         ("--config.drop_epochs=30,60", "drop_epochs", (30.0, 60.0)),
@@ -178,9 +183,17 @@ def test_free_fields_exist():
     assert set(configs.FREE_FIELDS) <= set(configs.fields())
 
 
-def test_help_lists_every_field():
+def test_help_lists_every_field_and_what_it_means():
     text = configs.fields_help()
-    assert all(name in text for name in configs.fields())
+    assert all(f"  {name} = " in text for name in configs.fields())
+    words = " ".join(text.split())
+    assert all(f["about"] in words for f in (x.metadata for x in configs.fields().values()))
+
+
+def test_help_names_the_rows_of_the_tables():
+    words = re.split(r"[ ,;:()]+", " ".join(configs.fields_help().split()))
+    schemes = {name.removesuffix("_zero_gamma") for name in SCHEMES}
+    assert not {*schemes, *RECIPES, *DATASETS} - {*words}
 
 
 @pytest.mark.parametrize(

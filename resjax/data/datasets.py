@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from resjax.config import unknown_name
+from resjax.config import RecipeName, unknown_name
 from resjax.data import decode
 
 EvalCrop = Callable[[np.ndarray, int], np.ndarray]
@@ -34,7 +34,7 @@ class Dataset:
     std: tuple[float, float, float]
     eval_crop: EvalCrop
     rotates: bool
-    recipe: str
+    recipe: RecipeName
     prepare: str | None
 
 
