@@ -9,11 +9,10 @@ python -c "import resjax; from PIL import Image; \
     print(run.class_names[run.predict(Image.open('photo.jpg')).argmax()])"
 
 N is the number of folders; resnet50.safetensors is model.safetensors of
-https://huggingface.co/timm/resnet50.tv_in1k, as the README says. Any run of the same
-model can be started from, with --config.init_from=WORKDIR. Change first lr_per_256 (a
-third, three times), then num_epochs. Of thousands of images, freeze_at=0 may be better; of
-few, what the features are worth without training tells `python -m figures.transfer
---workdir=runs/resnet50 --data_dir=DIR`. Of fewer than 16 images in all, lower batch_size.
+https://huggingface.co/timm/resnet50.tv_in1k; any run can be started from, with init_from.
+Change first lr_per_256 (a third, three times), then num_epochs. Of thousands of images,
+freeze_at=0 may be better; of few, what the features are worth without training tells
+`python -m figures.transfer`. Of fewer than 16 images in all, lower batch_size.
 If left and right differ, as in text, --config.data.recipe=none neither flips nor crops.
 """
 
