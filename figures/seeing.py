@@ -341,7 +341,9 @@ def main(arguments: list[str]) -> int:
     run = resjax.restore(flags.workdir, step)
     if run.config is None:
         raise UsageError(f"--workdir: {flags.workdir} is of another version of resjax")
-    out = checkpoint.to_path(flags.out or f"{flags.workdir}/seeing.png", "--out")
+    path = checkpoint.to_path(flags.workdir)
+    workdir = path.parent.parent if checkpoint.is_checkpoint(path) else path
+    out = checkpoint.to_path(flags.out or workdir / "seeing.png", "--out")
     if out.suffix != ".png" or not out.parent.is_dir():
         raise UsageError(f"--out: {out} is no .png file in a folder that is there")
     labels = None

@@ -8,6 +8,7 @@ which is verified when it is read. Each process reads by itself, on any devices.
 """
 
 import dataclasses
+import difflib
 import json
 import os
 import zlib
@@ -280,12 +281,14 @@ def check_is_run(workdir: epath.Path, step: int | str | None) -> None:
             f"step: {step!r}, but {workdir} is one checkpoint; give its workdir"
         )
     if not workdir.is_dir():
-        near = (
-            sorted(path.name for path in workdir.parent.iterdir())
-            if workdir.parent.is_dir()
-            else []
-        )
-        raise UsageError(f"there is no directory {workdir}; beside it there are {near}")
+        if workdir.exists():
+            raise UsageError(f"{workdir} is a file; give the directory of a run")
+        beside = workdir.parent.iterdir() if workdir.parent.is_dir() else ()
+        names = [path.name for path in beside if path.is_dir()]
+        near = difflib.get_close_matches(workdir.name, names) or sorted(names)[:10]
+        told = f"; beside it there are {near}" if near else ""
+        raise UsageError(f"there is no directory {workdir}{told}")
     if not (workdir / "checkpoints").is_dir():
-        there = sorted(path.name for path in workdir.iterdir())
-        raise UsageError(f"{workdir} has no checkpoints; it holds {there[:10]}")
+        there = sorted(path.name for path in workdir.iterdir())[:10]
+        run = f"; give {workdir.parent}" if workdir.name == "checkpoints" else ""
+        raise UsageError(f"{workdir} has no checkpoints; it holds {there}{run}")

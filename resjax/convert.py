@@ -79,6 +79,12 @@ def main(args: list[str]) -> int:
     if "head" not in variables["params"]:
         raise UsageError(f"weights: {flags.weights} has no classifier")
     num_classes = len(variables["params"]["head"]["bias"])
+    asked = any(word.startswith("--config.num_classes=") for word in words)
+    if asked and config.num_classes != num_classes:
+        raise UsageError(
+            f"config.num_classes: {config.num_classes}, but {flags.weights} has "
+            f"{num_classes} classes; init_from makes a new classifier for others"
+        )
     config = dataclasses.replace(config, num_classes=num_classes)
     write_checkpoint(flags.workdir, variables, config)
     records.say(

@@ -109,6 +109,7 @@ def evaluate(
         "split": split,
         "model": " + ".join(dict.fromkeys(member.config.model for member in members)),
         "data": first.config.data.name,
+        **({"data_dir": str(data_dir)} if data_dir else {}),
         "ece": numbers["ece"],
         "images_per_second": round(numbers["num_examples"] / seconds, 1),
         **protocol.described,

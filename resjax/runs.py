@@ -140,9 +140,8 @@ def restore(
     model = build.make_model(record.get("model") or build.describe_model(config))
     device = jax.local_devices()[0]
     variables = jax.device_put(find_variables(found, model), device)
-    preprocess = build_data.make_preprocess(
-        record.get("preprocess") or build_data.describe_preprocess(config)
-    )
+    described = record.get("preprocess") or build_data.describe_preprocess(config)
+    preprocess = build_data.make_preprocess(described)
 
     @jax.jit
     def softmax(variables: Any, images: jax.Array) -> jax.Array:
@@ -150,7 +149,7 @@ def restore(
         return jax.nn.softmax(logits)
 
     def predict(images: Any) -> np.ndarray:
-        if not _is_preprocessed(images):
+        if not _is_preprocessed(images, described["image_size"]):
             images = preprocess(images)
         if not len(images):
             raise UsageError("image: an empty array; give at least one image")
@@ -180,5 +179,13 @@ def _read_config(record: dict[str, Any]) -> Any:
         return None
 
 
-def _is_preprocessed(images: Any) -> bool:
-    return getattr(images, "ndim", 0) == 4 and jnp.issubdtype(images.dtype, jnp.floating)
+def _is_preprocessed(images: Any, size: int) -> bool:
+    """Whether they are of `preprocess`, and not pixels; raises for other floats."""
+    if getattr(images, "ndim", 0) != 4 or not jnp.issubdtype(images.dtype, jnp.floating):
+        return False
+    if images.shape[1:] != (size, size, 3):
+        raise UsageError(
+            f"image: {images.dtype} of shape {images.shape}; give uint8 pixels of any size, "
+            f"or what `preprocess` makes of them, floats [B, {size}, {size}, 3]"
+        )
+    return True

@@ -150,7 +150,10 @@ def _init_from(path: str, run: build.Run) -> tuple[TrainState, str]:
         arrays = arrays | head if is_new else arrays
         variables = checkpoint.to_tree(arrays, state.variables, given.path)
     except UsageError as error:
-        raise UsageError(f"config.init_from: {error}") from error
+        raise UsageError(
+            f"config.init_from: {error} (of PyTorch's weights `python -m resjax.convert` "
+            "makes a workdir)"
+        ) from error
     records.warn_of_damage(damaged, given.step)
     for name in ("mean", "std"):
         theirs = given.record.get("preprocess", {}).get(name)

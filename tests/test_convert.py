@@ -79,6 +79,7 @@ def test_a_converted_workdir_is_not_trained_further(converted, command, tmp_path
         (["--model=resnet50"], "do not fit resnet50"),
         ([], "--model"),
         ([f"--model={NAME}", "--config.nothing=1"], "nothing"),
+        ([f"--model={NAME}", "--config.num_classes=3"], "num_classes: 3, but"),
         ([f"--model={NAME}", "--workdir=FULL"], "not empty"),
         ([f"--model={NAME}", "--workdir=FILE"], "not empty"),
     ],

@@ -128,7 +128,9 @@ def test_folding_batch_norm_changes_nothing_but_rounding_and_says_so(
 def test_the_data_may_have_moved(evaluate_here, by_ones, data_dir, tmp_path, monkeypatch):
     shutil.copytree(data_dir / "digits", tmp_path / "moved" / "digits")
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "nowhere"))
-    assert_same(evaluate_here(f"--data_dir={tmp_path / 'moved'}"), by_ones)
+    result = evaluate_here(f"--data_dir={tmp_path / 'moved'}")
+    assert result.pop("data_dir") == str(tmp_path / "moved")
+    assert_same(result, by_ones)
 
 
 @pytest.mark.parametrize(

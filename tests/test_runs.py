@@ -275,6 +275,8 @@ WRONG = {
     "empty float batch": (np.zeros((0, 8, 8, 3), np.float32), "at least one"),
     "an image without pixels": (np.zeros((0, 8, 3), np.uint8), "(0, 8, 3)"),
     "text": (["digit.png"], "uint8"),
+    "floats of another size": (np.zeros((2, 28, 28, 3), np.float32), "[B, 8, 8, 3]"),
+    "grey floats": (np.zeros((2, 8, 8, 1), np.float32), "[B, 8, 8, 3]"),
 }
 
 
@@ -291,6 +293,20 @@ def test_anything_else_is_refused_with_its_type_or_shape(run, images, word):
 def test_a_wrong_path_is_answered_with_what_is_beside_it(digits_run):
     with pytest.raises(UsageError, match=r"no directory .*digit; .*'digits'"):
         resjax.restore(digits_run.workdir.with_name("digit"))
+
+
+def test_a_wrong_path_is_answered_with_few_names_all_of_folders(tmp_path):
+    for i in range(50):
+        (tmp_path / f"folder{i}").mkdir()
+    (tmp_path / "notes.txt").write_text("no run")
+    with pytest.raises(UsageError, match="no directory") as error:
+        resjax.restore(tmp_path / "x")
+    assert str(error.value).count("'folder") == 10
+    with pytest.raises(UsageError, match=r"notes\.txt is a file; give the directory"):
+        resjax.restore(tmp_path / "notes.txt")
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+    with pytest.raises(UsageError, match=rf"no checkpoints; .*; give {tmp_path}$"):
+        resjax.restore(tmp_path / "checkpoints")
 
 
 def test_a_folder_without_a_run_is_answered_with_what_is_in_it(tmp_path):
