@@ -344,6 +344,36 @@ def validate(config: Config) -> Config:
     return config
 
 
+def warmup_kind(config: Config) -> Literal["gradual", "constant", "none"]:
+    """The warmup of a run: goyal warms up, gradually, only minibatches over 256."""
+    if config.warmup == "goyal":
+        return "gradual" if config.batch_size > 256 else "none"
+    return config.warmup
+
+
+def unread_fields(config: Config) -> dict[str, str]:
+    """The fields of the schedule that change nothing in this run: {name: what they need}."""
+    unread = {}
+    if config.schedule != "step":
+        unread["drop_epochs"] = "config.schedule=step"
+    warmup = "config.warmup=gradual or constant, or goyal with config.batch_size over 256"
+    if warmup_kind(config) == "none":
+        unread |= {"warmup_epochs": warmup, "warmup_start_lr": warmup}
+    elif not config.warmup_epochs:
+        unread["warmup_start_lr"] = "config.warmup_epochs above 0"
+    return unread
+
+
+def check_varied(names: Iterable[str], members: Iterable[Config]) -> None:
+    """Raises `UsageError` for a field that varies among runs none of which reads it."""
+    unread = [unread_fields(config) for config in members]
+    for name in names:
+        if all(name in own for own in unread):
+            raise UsageError(
+                f"config.{name}: it varies, and no run reads it; it needs {unread[0][name]}"
+            )
+
+
 def from_dict(nested: dict[str, Any], ignore_unknown: bool = False) -> Config:
     """The config that `dataclasses.asdict` wrote, validated.
 

@@ -87,7 +87,7 @@ def make_members(
     """A member for every combination of values.
 
     Raises:
-      UsageError: a value that is not allowed or comes twice.
+      UsageError: a value that is not allowed or comes twice, a field that no run reads.
     """
     members: dict[str, Member] = {}
     for values in itertools.product(*vary.values()):
@@ -103,6 +103,7 @@ def make_members(
                 f"--vary: {member.workdir.name} and {twin.workdir.name} are one run, or "
                 "have one workdir; leave a value out"
             )
+    configs.check_varied(vary, [member.config for member in members.values()])
     return list(members.values())
 
 

@@ -174,6 +174,20 @@ def test_layers_are_frozen_only_of_weights_that_were_given():
     assert configs.override(Config(), words).freeze_at == 2
 
 
+@pytest.mark.parametrize(
+    "words, unread",
+    [
+        ([], {"warmup_epochs", "warmup_start_lr"}),  # goyal, of 128
+        (["batch_size=512"], set()),
+        (["batch_size=512", "schedule=cosine"], {"drop_epochs"}),
+        (["warmup=gradual", "warmup_epochs=0"], {"warmup_start_lr"}),
+    ],
+)
+def test_fields_of_the_schedule_that_a_run_does_not_read_are_known(words, unread):
+    config = configs.override(Config(), [f"--config.{word}" for word in words])
+    assert configs.unread_fields(config).keys() == unread
+
+
 def test_free_fields_exist():
     assert set(configs.FREE_FIELDS) <= set(configs.fields())
 
