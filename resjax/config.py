@@ -352,7 +352,7 @@ def warmup_kind(config: Config) -> Literal["gradual", "constant", "none"]:
 
 
 def unread_fields(config: Config) -> dict[str, str]:
-    """The fields of the schedule that change nothing in this run: {name: what they need}."""
+    """The fields of the schedule that change nothing in a run: {name: what they need}."""
     unread = {}
     if config.schedule != "step":
         unread["drop_epochs"] = "config.schedule=step"
