@@ -29,12 +29,18 @@ class RunError(RuntimeError):
 
 
 EXPECTED_ERRORS = (UsageError, RunError, KeyboardInterrupt)
+_MANY = 10  # names that a line offers at most, when there are more
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
-    """A `UsageError` that offers the nearest of the `known` names, or all of them."""
+    """A `UsageError` that offers the nearest of the `known` names, or all of them.
+
+    Nearest are those whose last part it is, as `a.name`, then those that begin with it.
+    """
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=3)
+    near = [own for own in known if own.rpartition(".")[2] == name]
+    near += [own for own in known if name and own.startswith(name)]
+    near = near[:_MANY] or difflib.get_close_matches(name, known, n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else f"there are {known}"
     return UsageError(f"{kind}: there is no {name!r}; {hint}")
 
@@ -457,8 +463,7 @@ def load_config(path: Path) -> Config:
       UsageError: no such file, or one that does not run or returns something else.
     """
     if not path.is_file():
-        there = sorted(str(p) for p in path.parent.glob("*.py"))
-        raise UsageError(f"--config: there is no file {path}; there are {there}")
+        raise _missing_config(path)
     try:
         config = runpy.run_path(str(path))["get_config"]()
     except Exception as error:
@@ -467,6 +472,19 @@ def load_config(path: Path) -> Config:
     if not isinstance(config, Config):
         raise UsageError(f"--config: {path}: get_config() returned no resjax Config")
     return validate(config)
+
+
+def _missing_config(path: Path) -> UsageError:
+    """Offers the file that is meant if but its folder or ending lacks; others if not."""
+    folders = [path.parent]
+    if path.parent == Path() and Path("configs").is_dir():
+        folders.append(Path("configs"))
+    for folder in folders:
+        if (meant := folder / f"{path.stem}.py").is_file():
+            return UsageError(f"--config: there is no file {path}; did you mean {meant}?")
+    there = sorted(str(p) for p in folders[-1].glob("*.py"))
+    more = f" and {len(there) - _MANY} more" if len(there) > _MANY else ""
+    return UsageError(f"--config: there is no file {path}; there are {there[:_MANY]}{more}")
 
 
 def override(config: Config, words: Iterable[str]) -> Config:
