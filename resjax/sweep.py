@@ -48,7 +48,7 @@ from resjax.config import Config, RunError, UsageError
 from resjax.data.workers import num_cores
 from resjax.steps import TrainState
 
-_DIGITS = Path("configs/digits.py")
+_DIGITS = Path(__file__).resolve().parent.parent / "configs" / "digits.py"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -520,7 +520,8 @@ def main(args: list[str]) -> int:
         metavar="FIELD=VALUE,...",
         action="append",
         default=[],
-        help="again for each further field; the runs are all combinations",
+        help="again for each further field; the runs are all combinations; a list as a "
+        "value is in brackets: model_kwargs.stage_sizes=[1,1,1],[2,2,2]",
     )
     parser.add_argument(
         "--workdir", metavar="DIR", help="folder of the workdirs (default: runs/sweep_NAME)"

@@ -227,6 +227,12 @@ def test_a_mistake_is_one_line(flags, parts, tmp_path, monkeypatch):
     assert not (tmp_path / "new").exists()
 
 
+def test_a_sweep_of_the_digits_can_be_planned_in_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    members, folder = sweep.plan("depth", {})
+    assert members[0].config.data.name == "digits" and str(folder) == "runs/sweep_depth"
+
+
 def test_a_field_may_vary_that_some_of_the_runs_read(monkeypatch):
     monkeypatch.chdir(ROOT)
     words = ["drop_epochs=10,20", "schedule=cosine,step"]
