@@ -25,7 +25,7 @@ from resjax import (
     schedules,
     steps,
 )
-from resjax.config import Config, UsageError
+from resjax.config import Config, UsageError, warmup_kind
 from resjax.loss_scale import init_loss_scale
 from resjax.models.blocks import Layer
 from resjax.models.norm import BatchNorm, Bias
@@ -219,9 +219,7 @@ def build_schedule(
             f"in minibatches of {config.batch_size}, are more than a run can count (2**31)"
         )
     start, peak = warmup_rates(config)
-    warmup = config.warmup
-    if warmup == "goyal":
-        warmup = "gradual" if config.batch_size > 256 else "none"
+    warmup = warmup_kind(config)
     warmup_steps = to_steps(config.warmup_epochs) if warmup != "none" else 0
     boundaries = [to_steps(epoch) for epoch in config.drop_epochs]
     after = {

@@ -97,8 +97,10 @@ class Comparison:
 
 
 def split_values(text: str) -> list[str]:
-    """The values of FIELD=VALUE,VALUE,...; a list as a value is in brackets."""
-    return [value.strip("()") for value in re.split(r",(?![^(]*\))", text)]
+    """The values of FIELD=VALUE,VALUE,...; a list as a value is in brackets, () or []."""
+    text = re.sub(r"\s*,\s*", ",", text.strip())
+    values = re.split(r",(?![^(\[]*[)\]])", text)
+    return [re.sub(r"^[(\[]\s*(.*?)\s*[)\]]$", r"\1", value) for value in values]
 
 
 def outcome(signs: Iterable[int]) -> str:

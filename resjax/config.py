@@ -30,12 +30,18 @@ class RunError(RuntimeError):
 
 
 EXPECTED_ERRORS = (UsageError, RunError, KeyboardInterrupt)
+_MANY = 10  # names that a line offers at most, when there are more
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
-    """A `UsageError` that offers the nearest of the `known` names, or all of them."""
+    """A `UsageError` that offers the nearest of the `known` names, or all of them.
+
+    Nearest are those whose last part it is, as `a.name`, then those that begin with it.
+    """
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=3)
+    near = [own for own in known if own.rpartition(".")[2] == name]
+    near += [own for own in known if name and own.startswith(name)]
+    near = near[:_MANY] or difflib.get_close_matches(name, known, n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else f"there are {known}"
     return UsageError(f"{kind}: there is no {name!r}; {hint}")
 
@@ -391,6 +397,36 @@ def validate(config: Config) -> Config:
     return config
 
 
+def warmup_kind(config: Config) -> Literal["gradual", "constant", "none"]:
+    """The warmup of a run: goyal warms up, gradually, only minibatches over 256."""
+    if config.warmup == "goyal":
+        return "gradual" if config.batch_size > 256 else "none"
+    return config.warmup
+
+
+def unread_fields(config: Config) -> dict[str, str]:
+    """The fields of the schedule that change nothing in a run: {name: what they need}."""
+    unread = {}
+    if config.schedule != "step":
+        unread["drop_epochs"] = "config.schedule=step"
+    warmup = "config.warmup=gradual or constant, or goyal with config.batch_size over 256"
+    if warmup_kind(config) == "none":
+        unread |= {"warmup_epochs": warmup, "warmup_start_lr": warmup}
+    elif not config.warmup_epochs:
+        unread["warmup_start_lr"] = "config.warmup_epochs above 0"
+    return unread
+
+
+def check_varied(names: Iterable[str], members: Iterable[Config]) -> None:
+    """Raises `UsageError` for a field that varies among runs none of which reads it."""
+    unread = [unread_fields(config) for config in members]
+    for name in names:
+        if all(name in own for own in unread):
+            raise UsageError(
+                f"config.{name}: it varies, and no run reads it; it needs {unread[0][name]}"
+            )
+
+
 def from_dict(nested: dict[str, Any], ignore_unknown: bool = False) -> Config:
     """The config that `dataclasses.asdict` wrote, validated.
 
@@ -476,8 +512,7 @@ def load_config(path: Path) -> Config:
       UsageError: no such file, or one that does not run or returns something else.
     """
     if not path.is_file():
-        there = sorted(str(p) for p in path.parent.glob("*.py"))
-        raise UsageError(f"--config: there is no file {path}; there are {there}")
+        raise _missing_config(path)
     try:
         config = runpy.run_path(str(path))["get_config"]()
     except Exception as error:
@@ -486,6 +521,19 @@ def load_config(path: Path) -> Config:
     if not isinstance(config, Config):
         raise UsageError(f"--config: {path}: get_config() returned no resjax Config")
     return validate(config)
+
+
+def _missing_config(path: Path) -> UsageError:
+    """Offers the file that is meant if but its folder or ending lacks; others if not."""
+    folders = [path.parent]
+    if path.parent == Path() and Path("configs").is_dir():
+        folders.append(Path("configs"))
+    for folder in folders:
+        if (meant := folder / f"{path.stem}.py").is_file():
+            return UsageError(f"--config: there is no file {path}; did you mean {meant}?")
+    there = sorted(str(p) for p in folders[-1].glob("*.py"))
+    more = f" and {len(there) - _MANY} more" if len(there) > _MANY else ""
+    return UsageError(f"--config: there is no file {path}; there are {there[:_MANY]}{more}")
 
 
 def override(config: Config, words: Iterable[str]) -> Config:

@@ -48,7 +48,7 @@ from resjax.config import Config, RunError, UsageError
 from resjax.data.workers import num_cores
 from resjax.steps import TrainState
 
-_DIGITS = Path("configs/digits.py")
+_DIGITS = Path(__file__).resolve().parent.parent / "configs" / "digits.py"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +87,7 @@ def make_members(
     """A member for every combination of values.
 
     Raises:
-      UsageError: a value that is not allowed or comes twice.
+      UsageError: a value that is not allowed or comes twice, a field that no run reads.
     """
     members: dict[str, Member] = {}
     for values in itertools.product(*vary.values()):
@@ -103,6 +103,7 @@ def make_members(
                 f"--vary: {member.workdir.name} and {twin.workdir.name} are one run, or "
                 "have one workdir; leave a value out"
             )
+    configs.check_varied(vary, [member.config for member in members.values()])
     return list(members.values())
 
 
@@ -519,7 +520,8 @@ def main(args: list[str]) -> int:
         metavar="FIELD=VALUE,...",
         action="append",
         default=[],
-        help="again for each further field; the runs are all combinations",
+        help="again for each further field; the runs are all combinations; a list as a "
+        "value is in brackets: model_kwargs.stage_sizes=[1,1,1],[2,2,2]",
     )
     parser.add_argument(
         "--workdir", metavar="DIR", help="folder of the workdirs (default: runs/sweep_NAME)"

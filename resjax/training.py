@@ -175,12 +175,6 @@ def introduce(config: Config, run: build.Run, workdir: epath.Path, origin: str) 
     """Says what is about to happen: model, data, devices, derived numbers."""
     devices, processes = jax.devices(), jax.process_count()
     shared = f" of {processes} processes" if processes > 1 else ""
-    derived = run.derived
-    warmup = f"{derived['warmup']} warmup of {derived['warmup_steps']} steps"
-    if derived["warmup"] == "none":
-        warmup = "no warmup"
-        if config.warmup == "goyal":
-            warmup += " (goyal warms up only minibatches over 256)"
     frozen = frozen_layers(build.build_model(config), config.freeze_at)
     origin += f", {' '.join(frozen)} frozen" if frozen else ""
     records.say(
@@ -189,9 +183,30 @@ def introduce(config: Config, run: build.Run, workdir: epath.Path, origin: str) 
         f"{run.num_steps:,} steps of {config.batch_size}, {config.num_epochs:g} epochs, "
         f"on {len(devices)} {devices[0].platform} device{'s'[: len(devices) > 1]}"
         f"{shared} ({config.parallel}); "
-        f"peak learning rate {derived['peak_lr']:g}, {warmup}\n"
+        f"{_describe_schedule(config, run.derived)}\n"
         "compiling ..."
     )
+
+
+def _describe_schedule(config: Config, derived: dict[str, Any]) -> str:
+    """The peak and the warmup in words, and what of the schedule the run ends before."""
+    num_steps, warmup_steps = derived["num_steps"], derived["warmup_steps"]
+    warmup = f"{derived['warmup']} warmup of {warmup_steps} steps"
+    if derived["warmup"] == "none":
+        warmup = "no warmup"
+        if config.warmup == "goyal":
+            warmup += " (goyal warms up only minibatches over 256)"
+    text = f"peak learning rate {derived['peak_lr']:g}, {warmup}"
+    if warmup_steps >= num_steps:
+        text += (
+            f"; the run ends before that peak (config.warmup_epochs="
+            f"{config.warmup_epochs:g})"
+        )
+    drops = zip(config.drop_epochs, derived["drop_steps"], strict=False)
+    if late := [f"{epoch:g}" for epoch, step in drops if step >= num_steps]:
+        text += f"; the run ends before the drops of epochs {', '.join(late)}"
+        text += " (config.drop_epochs)"
+    return text
 
 
 def stored_window(config: Config, latest: Checkpoint | None) -> dict[str, float]:

@@ -213,6 +213,21 @@ def test_mean_and_deviation_of_a_verdict_are_those_of_the_runs():
     assert table.mean("train_loss", model_kwargs__shortcut="C") == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize(
+    "text, values",
+    [
+        ("0.1, 0.2", ["0.1", "0.2"]),
+        (" 0.1 ,0.2 ", ["0.1", "0.2"]),
+        ("[1, 1,1],[2,2,2]", ["1,1,1", "2,2,2"]),
+        ("(1,1), ( 2,2 )", ["1,1", "2,2"]),
+        ("(1,),[2]", ["1,", "2"]),
+        ("runs/a (1),none", ["runs/a (1)", "none"]),
+    ],
+)
+def test_values_are_split_at_commas_outside_of_brackets(text, values):
+    assert comparisons.split_values(text) == values
+
+
 def test_help_lists_every_comparison():
     text = comparisons.describe()
     assert all(f"  {name} " in text and COMPARISONS[name].title in text for name in NAMES)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -179,6 +180,20 @@ def test_layers_are_frozen_only_of_weights_that_were_given():
     assert configs.override(Config(), words).freeze_at == 2
 
 
+@pytest.mark.parametrize(
+    "words, unread",
+    [
+        ([], {"warmup_epochs", "warmup_start_lr"}),  # goyal, of 128
+        (["batch_size=512"], set()),
+        (["batch_size=512", "schedule=cosine"], {"drop_epochs"}),
+        (["warmup=gradual", "warmup_epochs=0"], {"warmup_start_lr"}),
+    ],
+)
+def test_fields_of_the_schedule_that_a_run_does_not_read_are_known(words, unread):
+    config = configs.override(Config(), [f"--config.{word}" for word in words])
+    assert configs.unread_fields(config).keys() == unread
+
+
 def test_free_fields_exist():
     assert set(configs.FREE_FIELDS) <= set(configs.fields())
 
@@ -215,6 +230,39 @@ def test_a_config_file_that_does_not_work_is_named(tmp_path, code, part):
 def test_a_missing_config_file_names_those_that_are_there(tmp_path):
     (tmp_path / "one.py").write_text("")
     assert "one.py" in error_of(configs.load_config, tmp_path / "two.py")
+
+
+@pytest.mark.parametrize("given", ["digits", "digits.py", "configs/digits", "digits.yaml"])
+def test_a_config_without_its_folder_or_ending_is_guessed(given, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "digits.py").write_text("")
+    (tmp_path / "train.py").write_text("")
+    message = error_of(configs.load_config, Path(given))
+    assert message.endswith(f"no file {given}; did you mean configs/digits.py?")
+    message = error_of(configs.load_config, Path("mnist"))
+    assert message.endswith("there are ['configs/digits.py']")
+
+
+def test_of_many_config_files_ten_are_named(tmp_path):
+    for i in range(12):
+        (tmp_path / f"c{i:02}.py").write_text("")
+    message = error_of(configs.load_config, tmp_path / "two.py")
+    assert "c09.py'] and 2 more" in message and "c10.py" not in message
+
+
+@pytest.mark.parametrize(
+    "name, near",
+    [
+        ("lr", "lr_per_256"),
+        ("shortcut", "model_kwargs.shortcut"),
+        ("dir", "data.dir"),
+        ("norm", "norm.kind or norm.virtual_batch_size"),
+    ],
+)
+def test_a_field_is_found_by_its_last_part_or_its_beginning(name, near):
+    message = error_of(configs.override, Config(), [f"--config.{name}=1"])
+    assert message.endswith(f"no {name!r}; did you mean {near}?")
 
 
 def test_unknown_name_offers_the_nearest_or_all():

@@ -206,6 +206,14 @@ def test_runs_that_diverge_are_a_row_of_the_table_and_stop_nobody(swept, capsys,
         (["--vary", "seed=0", "--workdir="], ["workdir", "empty"]),
         (["--vary", "seed=0", "--config=nothing.py"], ["--config", "nothing.py"]),
         (["--vary", "seed=0", "stray=1"], ["COMPARISON", "'stray=1'"]),
+        (
+            ["--vary", "drop_epochs=10,20"],
+            ["config.drop_epochs", "no run reads it", "config.schedule=step"],
+        ),
+        (
+            ["--vary=warmup_epochs=1,2", "--config.warmup=goyal"],
+            ["config.warmup_epochs", "no run reads it", "config.batch_size over 256"],
+        ),
     ],
 )
 def test_a_mistake_is_one_line(flags, parts, tmp_path, monkeypatch):
@@ -217,6 +225,18 @@ def test_a_mistake_is_one_line(flags, parts, tmp_path, monkeypatch):
     assert all(part in str(error.value) for part in parts), str(error.value)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_sweep_of_the_digits_can_be_planned_in_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    members, folder = sweep.plan("depth", {})
+    assert members[0].config.data.name == "digits" and str(folder) == "runs/sweep_depth"
+
+
+def test_a_field_may_vary_that_some_of_the_runs_read(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = ["drop_epochs=10,20", "schedule=cosine,step"]
+    assert len(sweep.plan(None, sweep.parse_vary(words))[0]) == 4
 
 
 @pytest.fixture

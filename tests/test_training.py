@@ -212,6 +212,14 @@ def test_several_steps_a_dispatch_of_data_on_the_device_train_alike(tiny, tmp_pa
     jax.tree.map(np.testing.assert_array_equal, again, several)
 
 
+def test_a_run_that_ends_within_its_schedule_says_so(tiny, tmp_path, capsys):
+    tiny(tmp_path, 2, "warmup=gradual", "warmup_epochs=0.2", "drop_epochs=0.05,0.5,9")
+    size = capsys.readouterr().out.splitlines()[1]
+    assert "gradual warmup of 4 steps; the run ends before that peak" in size
+    assert "config.warmup_epochs=0.2" in size
+    assert size.endswith("ends before the drops of epochs 0.5, 9 (config.drop_epochs)")
+
+
 # --- how a run ends -----------------------------------------------------------------
 
 

@@ -94,8 +94,8 @@ def sweep(
         each its own seed.
 
     Raises:
-      UsageError: a field that cannot vary within a program, a value that is not allowed,
-        or data that the devices cannot hold.
+      UsageError: a field that cannot vary within a program or that no member reads, a
+        value that is not allowed, or data that the devices cannot hold.
     """
     names, combined = list(vary), list(itertools.product(*vary.values()))
     for name in names:
@@ -108,6 +108,7 @@ def sweep(
         raise UsageError(f"batch_seed: {batch_seed} is not from 0 to 2**32 - 1")
     flat = configs.flatten(config)
     all_configs = [configs.validate(configs.unflatten({**flat, **own})) for own in fields]
+    configs.check_varied(names, all_configs)
     if not build_members.can_train_together(config):
         raise UsageError(
             "config: its runs cannot be trained at once: that needs data that the devices "

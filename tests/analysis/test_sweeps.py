@@ -190,6 +190,7 @@ def test_images_too_small_for_a_net_are_named_with_a_scheme_of_ones_own():
         ({}, {"seed": [-1]}, ["config.seed", "-1"]),
         ({}, {"init": ["xaver"]}, ["init", "'xaver'", "xavier"]),
         ({}, {"seed": []}, ["vary", "[]"]),
+        ({}, {"drop_epochs": [(9,), (8,)]}, ["drop_epochs", "no run", "schedule=step"]),
         ({"dtype": "float16"}, {"seed": [1]}, ["at once", "float16"]),
         ({"data": DataConfig(on_device=False)}, {"seed": [1]}, ["config.data.on_device"]),
     ],
