@@ -185,7 +185,7 @@ def _is_preprocessed(images: Any, size: int) -> bool:
         return False
     if images.shape[1:] != (size, size, 3):
         raise UsageError(
-            f"image: {images.dtype} of shape {images.shape}; give uint8 pixels of any size, "
-            f"or what `preprocess` makes of them, floats [B, {size}, {size}, 3]"
+            f"image: {images.dtype} of shape {images.shape}; give pixels, uint8, or what "
+            f"`preprocess` makes of them, floats [B, {size}, {size}, 3]"
         )
     return True

@@ -197,7 +197,7 @@ def _describe_schedule(config: Config, derived: dict[str, Any]) -> str:
         if config.warmup == "goyal":
             warmup += " (goyal warms up only minibatches over 256)"
     text = f"peak learning rate {derived['peak_lr']:g}, {warmup}"
-    if warmup_steps >= num_steps:
+    if warmup_steps and warmup_steps >= num_steps:
         text += (
             f"; the run ends before that peak (config.warmup_epochs="
             f"{config.warmup_epochs:g})"
