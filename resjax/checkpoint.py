@@ -274,20 +274,25 @@ def is_checkpoint(path: epath.Path) -> bool:
     return any((path / name).exists() for name in ("state/record.json", "record/metadata"))
 
 
+def check_is_directory(workdir: epath.Path) -> None:
+    """Raises `UsageError` if it is none, with those beside it whose names are near."""
+    if workdir.is_dir():
+        return
+    beside = workdir.parent.iterdir() if workdir.parent.is_dir() else ()
+    names = [p.name for p in beside if p.is_dir() and not p.name.startswith(".")]
+    near = difflib.get_close_matches(workdir.name, names) or sorted(names)[:10]
+    is_file = ", it is a file" if workdir.exists() else ""
+    told = f"; beside it there are {near}" if near else ""
+    raise UsageError(f"there is no directory {workdir}{is_file}{told}")
+
+
 def check_is_run(workdir: epath.Path, step: int | str | None) -> None:
     """Raises `UsageError` if there is no run, with what is there."""
     if is_checkpoint(workdir):
         raise UsageError(
             f"step: {step!r}, but {workdir} is one checkpoint; give its workdir"
         )
-    if not workdir.is_dir():
-        if workdir.exists():
-            raise UsageError(f"{workdir} is a file; give the directory of a run")
-        beside = workdir.parent.iterdir() if workdir.parent.is_dir() else ()
-        names = [path.name for path in beside if path.is_dir()]
-        near = difflib.get_close_matches(workdir.name, names) or sorted(names)[:10]
-        told = f"; beside it there are {near}" if near else ""
-        raise UsageError(f"there is no directory {workdir}{told}")
+    check_is_directory(workdir)
     if not (workdir / "checkpoints").is_dir():
         there = sorted(path.name for path in workdir.iterdir())[:10]
         run = f"; give {workdir.parent}" if workdir.name == "checkpoints" else ""

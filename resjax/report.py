@@ -192,10 +192,7 @@ def _loss(record: records.Record) -> float:
 
 
 def _read_config(workdir: epath.Path) -> Config:
-    if not workdir.is_dir():
-        parent = workdir.parent
-        near = sorted(p.name for p in parent.iterdir())[:10] if parent.is_dir() else []
-        raise UsageError(f"there is no directory {workdir}; beside it there are {near}")
+    checkpoint.check_is_directory(workdir)
     if not (workdir / "config.json").exists():
         there = sorted(path.name for path in workdir.iterdir())
         raise UsageError(f"{workdir} holds no run, no config.json; it holds {there[:10]}")

@@ -150,10 +150,9 @@ def _init_from(path: str, run: build.Run) -> tuple[TrainState, str]:
         arrays = arrays | head if is_new else arrays
         variables = checkpoint.to_tree(arrays, state.variables, given.path)
     except UsageError as error:
-        raise UsageError(
-            f"config.init_from: {error} (of PyTorch's weights `python -m resjax.convert` "
-            "makes a workdir)"
-        ) from error
+        remedy = "; `python -m resjax.convert` makes a workdir of PyTorch's weights"
+        told = remedy if str(error).startswith("there is no directory") else ""
+        raise UsageError(f"config.init_from: {error}{told}") from error
     records.warn_of_damage(damaged, given.step)
     for name in ("mean", "std"):
         theirs = given.record.get("preprocess", {}).get(name)

@@ -201,7 +201,7 @@ def damaged(write_run, tmp_path):
     [
         ([], ["RUN"]),
         (["good", "nowhere"], ["no directory nowhere", "'good'"]),
-        (["good", "notes/todo.txt"], ["no directory notes/todo.txt", "'todo.txt'"]),
+        (["good", "notes/todo.txt"], ["no directory notes/todo.txt", "is a file"]),
         (["notes"], ["notes holds no run", "'todo.txt'"]),
         (["line"], ["line/metrics.jsonl is damaged"]),
         (["record"], ["record/metrics.jsonl is damaged", "'epoch'"]),

@@ -162,7 +162,7 @@ def test_a_run_says_that_it_waits_for_data_only_if_it_waits_long(capsys):
 @pytest.mark.parametrize(
     ("script", "fields"),
     [
-        ("train.py", r"\n  batch_size +128 +.*greater than 0\n"),
+        ("train.py", r"\n  batch_size = 128\n +the global minibatch, .*greater than 0\)\n"),
         ("eval.py", r"--batch_size N"),
     ],
 )

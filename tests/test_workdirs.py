@@ -150,7 +150,7 @@ TRAIN = [
     (record(format=99), "", *NEWER),
 ]
 INIT_FROM = [
-    (as_it_is, "nowhere", "no directory nowhere", "'run'"),
+    (as_it_is, "nowhere", "no directory nowhere", "'run'", "resjax.convert"),
     (as_it_is, "file", "no directory file"),
     (as_it_is, "empty", "empty has no checkpoints", "notes.txt"),
     (as_it_is, "run/checkpoints", "run/checkpoints has no checkpoints", "'22'"),
