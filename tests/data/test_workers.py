@@ -1,6 +1,7 @@
 """Work is handed over in order, and its processes end with the run, however that does."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -145,7 +146,11 @@ def test_signal_to_all_while_processes_start_ends_the_run(signum, tiny_config, t
     time.sleep(0.5)
     os.killpg(run.pid, signum)
     out, err = run.communicate()
-    assert (run.returncode, err) == (128 + signum, "")
+    # Python itself may count the semaphores of a process that had only begun to start.
+    told = re.sub(
+        r".*resource_tracker: There appear to be .*\n( +warnings\.warn.*\n)?", "", err
+    )
+    assert (run.returncode, told) == (128 + signum, "")
     assert f"stopped by signal {signum}; nothing was saved yet" in out
 
 
